@@ -1,0 +1,110 @@
+"""Flags that all decoding launchers share, and what they stand for."""
+
+import json
+
+from absl import flags
+
+from common import UserError
+
+DRAFTERS = ("none", "streams")
+
+WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Directory of the run, as launch/train.py wrote it."
+)
+TREE = flags.DEFINE_string(
+  "tree",
+  "best_first",
+  "Shape of the drafts: best_first, cartesian (every node has --tree_width "
+  "children), chain, or FILE.json with a list of paths such as "
+  "[[0], [1], [0, 0]] (ranks among a stream's candidates).",
+)
+TREE_WIDTH = flags.DEFINE_integer(
+  "tree_width",
+  0,
+  "Candidates per stream. 0: 3 for cartesian, all that can matter for "
+  "best_first.",
+)
+NUM_STREAMS = flags.DEFINE_integer(
+  "num_streams", 0, "Streams to draft with; 0: all that were trained."
+)
+KEPT_NODES = flags.DEFINE_integer(
+  "kept_nodes",
+  0,
+  "Nodes that the early-exit pruner lets into the top layers; 0: all.",
+)
+PRUNE_THRESHOLD = flags.DEFINE_float(
+  "prune_threshold",
+  0.0,
+  "Prune a child that the early exit finds less probable than this after its "
+  "parent; 0: none.",
+)
+MAX_NEW_TOKENS = flags.DEFINE_integer(
+  "max_new_tokens", 128, "Most tokens to decode for a prompt."
+)
+flags.mark_flag_as_required("workdir")
+
+
+def define_sampling():
+  """Flags of launchers that may sample; -> a function that reads them."""
+  temperature = flags.DEFINE_float(
+    "temperature", 0.0, "Sampling temperature; 0: greedy."
+  )
+  top_k = flags.DEFINE_integer(
+    "top_k", 0, "Sample among the k most probable tokens; 0: all."
+  )
+  top_p = flags.DEFINE_float(
+    "top_p", 1.0, "Sample among the most probable tokens that reach p; 1: all."
+  )
+  seed = flags.DEFINE_integer("seed", 0, "Seed of the sampling noise.")
+  return lambda: {
+    "temperature": temperature.value,
+    "top_k": top_k.value,
+    "top_p": top_p.value,
+    "seed": seed.value,
+  }
+
+
+def check_names(names):
+  """Refuses an unknown drafter, before anything slow begins."""
+  for name in names:
+    if name not in DRAFTERS:
+      raise UserError(
+        f"unknown drafter '{name}': known ones are {', '.join(DRAFTERS)}"
+      )
+
+
+def make(name: str, tree_nodes: int = 0):
+  """The drafter of the flags; it is checked against a model when used."""
+  from spec_stream.drafters.none import NoDraft
+  from spec_stream.drafters.streams import StreamDraft
+  from spec_stream.models.prune import Prune
+  from spec_stream.tree import TreeSpec
+
+  check_names([name])
+  if name == "none":
+    return NoDraft()
+  kind, paths = TREE.value, ()
+  if kind.endswith(".json"):
+    kind, paths = "paths", _read_paths(kind)
+  return StreamDraft(
+    TreeSpec(kind, tree_nodes, TREE_WIDTH.value, paths),
+    Prune(KEPT_NODES.value, PRUNE_THRESHOLD.value),
+    NUM_STREAMS.value,
+  )
+
+
+def _read_paths(file: str):
+  from spec_stream.tree import check_paths
+
+  try:
+    with open(file, encoding="utf-8") as stream:
+      paths = json.load(stream)
+  except FileNotFoundError as e:
+    raise UserError(f"--tree={file}: no such file") from e
+  except ValueError as e:
+    raise UserError(f"--tree={file}: not JSON ({e})") from e
+  if not isinstance(paths, list) or not all(isinstance(p, list) for p in paths):
+    raise UserError(
+      f"--tree={file}: must hold a list of paths such as [[0], [1], [0, 0]]"
+    )
+  return check_paths(paths)

@@ -1,0 +1,111 @@
+"""Decodes prompts with a trained run.
+
+  launch/generate.py --workdir=runs/e2e --prompt='name[The Punter], food[Indian]'
+  launch/generate.py --workdir=runs/e2e --prompts_file=prompts.jsonl --json
+
+The text is printed as it comes; --show_steps shows what each call of the model
+gave. A file of prompts has one JSON object a line: "prompt" or "token_ids", and
+"seed" if it should differ from --seed.
+"""
+
+import json
+import os
+import sys
+import time
+
+import common
+import drafting
+from absl import flags
+
+_PROMPT = flags.DEFINE_string("prompt", None, "Text of one prompt.")
+_TOKEN_IDS = flags.DEFINE_string(
+  "token_ids",
+  None,
+  "One prompt as token ids ('5 17 3'), as they are: nothing is added. Needs no "
+  "tokenizer.",
+)
+_PROMPTS_FILE = flags.DEFINE_string(
+  "prompts_file", None, "A file of prompts, one JSON object a line."
+)
+_DRAFTER = flags.DEFINE_string(
+  "drafter", "streams", "Who drafts: streams, or none for plain decoding."
+)
+_TREE_NODES = flags.DEFINE_integer(
+  "tree_nodes",
+  0,
+  "Nodes of a draft, root included; 0: 16 for best_first, what the shape "
+  "implies for others.",
+)
+_BATCH = flags.DEFINE_integer(
+  "batch", 32, "Prompts decoded at once, with --json."
+)
+_JSON = flags.DEFINE_bool(
+  "json",
+  False,
+  "Print one object a prompt and nothing else: text, token_ids (the new ones), "
+  "target_calls, tokens_per_call.",
+)
+_SHOW_STEPS = flags.DEFINE_bool(
+  "show_steps", False, "Give the tokens of each call a colour of their own."
+)
+_STATS = flags.DEFINE_bool(
+  "stats", True, "End with a line of counts; --nostats prints the text alone."
+)
+_sampling = drafting.define_sampling()
+
+
+def main(argv):
+  del argv
+  from spec_stream import requests
+
+  drafter = drafting.make(_DRAFTER.value, _TREE_NODES.value)
+  settings = _sampling()
+  found = requests.read(
+    _PROMPT.value, _TOKEN_IDS.value, _PROMPTS_FILE.value, settings.pop("seed")
+  )
+  if _JSON.value and _SHOW_STEPS.value:
+    raise common.UserError("--show_steps colours text: leave it or --json out")
+  model, tokenizer = requests.load(drafting.WORKDIR.value, found)
+  settings["max_new_tokens"] = drafting.MAX_NEW_TOKENS.value
+  settings["end_token"] = -1 if tokenizer is None else tokenizer.eos_id
+  if _JSON.value:
+    for answer in requests.answers(
+      model, tokenizer, found, drafter, _BATCH.value, **settings
+    ):
+      print(json.dumps(answer, ensure_ascii=False), flush=True)
+    return
+  colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+  for i, request in enumerate(found):
+    if len(found) > 1:
+      print(f"{'' if i == 0 else chr(10)}== {request.words()}")
+    _show(model, tokenizer, request, drafter, settings, colours)
+
+
+def _show(model, tokenizer, request, drafter, settings, colours):
+  """Prints one answer as it comes, then its counts."""
+  from spec_stream import requests
+
+  begin = time.perf_counter()
+  tokens = calls = 0
+  steps = requests.pieces(model, tokenizer, request, drafter, **settings)
+  for text, count in steps:
+    tokens, calls = tokens + count, calls + (count > 0)
+    if _SHOW_STEPS.value and text:
+      text = _mark(text, calls, colours)
+    print(text, end="", flush=True)
+  print()
+  if _STATS.value:
+    seconds = time.perf_counter() - begin
+    print(
+      f"{tokens} tokens in {calls} calls, {tokens / calls:.2f} tokens per "
+      f"call, {seconds:.1f} s with compilation"
+    )
+
+
+def _mark(text, call, colours):
+  """Text of one call in one of two colours, or in brackets without any."""
+  return f"\x1b[{(36, 33)[call % 2]}m{text}\x1b[0m" if colours else f"[{text}]"
+
+
+if __name__ == "__main__":
+  common.run(main)

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Lint and tests on a bare machine, in one command:
+#
+#   launch/test.sh [pytest arguments]      e.g. launch/test.sh -k tree --slow
+#
+# Makes the environment when it is missing (see launch/environment.sh), then
+# runs ruff and pytest. Exits with pytest's status.
+set -eu
+. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --diff --quiet . ||
+  fail "some files are not formatted: run 'ruff format .'"
+exec "$PYTHON" -m pytest "$@"

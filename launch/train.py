@@ -1,0 +1,46 @@
+"""Trains a model with speculative streams, or goes on with a stopped run.
+
+  python launch/train.py --config=configs/e2e_nlg.py --workdir=runs/e2e \\
+    [--config.train.steps=2000 --config.mesh.data=-1 ...]
+
+Writes config.json, tokenizer.json, metrics.jsonl and checkpoints/ to --workdir.
+Ctrl-C saves a checkpoint; the same command goes on from the last one.
+"""
+
+import dataclasses
+
+import common
+from absl import flags
+from ml_collections.config_flags import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "A file of configs/; --config.a.b=VALUE changes a key."
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is written.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv):
+  del argv
+  # Slow imports wait until the flags are known to be right.
+  from spec_stream import sharding
+  from spec_stream.data.pipeline import DataConfig
+  from spec_stream.models import config as model_config
+  from spec_stream.train.config import TrainConfig, resolve
+  from spec_stream.train.fit import fit, prepare_tokenizer
+
+  config, workdir = _CONFIG.value, _WORKDIR.value
+  data = DataConfig(**config.data)
+  train = TrainConfig(**config.train)
+  model = model_config.from_dict(config.model.to_dict())
+  resolve(model, train)
+  mesh = sharding.make_mesh(**config.mesh)
+  sharding.check_batch(mesh, data.batch_size, train.accumulate)
+  tokenizer = prepare_tokenizer(workdir, data, train)
+  model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
+  done = fit(workdir, model, data, train, tokenizer, mesh)
+  return 0 if done else 130
+
+
+if __name__ == "__main__":
+  common.run(main)

@@ -1,0 +1,1 @@
+"""Speculative Streaming in JAX and Flax (arXiv 2402.11131)."""

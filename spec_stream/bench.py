@@ -1,0 +1,256 @@
+"""Timing of decoding methods against plain decoding of the same weights.
+
+The rules, so that a number means what it says:
+
+- the baseline is `NoDraft` in the same compiled loop;
+- each shape is compiled and run once before the clock starts, and what still
+  compiles while it runs is counted (`recompiles`);
+- methods take turns, prompt by prompt, in an order drawn anew for each prompt:
+  the one that runs second finds the caches warm. An A-against-A row shows what
+  the clock makes of two equal methods;
+- tokens are those emitted, up to the end token or the limit;
+- prefill and decoding are timed apart.
+
+Where the main stream attends to its streams (shared mode), plain decoding of
+the same model attaches them, and a model of that size without streams decodes
+faster: both are measured, the first for its tokens, the faster for its time.
+
+`measure` runs; `bench_rows` makes numbers of what it returns.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from spec_stream.decode import Decoder, Generation, collect
+from spec_stream.drafters.base import Drafter
+from spec_stream.drafters.none import NoDraft
+from spec_stream.errors import UserError
+from spec_stream.models.config import ModelConfig
+from spec_stream.models.transformer import Transformer
+
+NOISE = "none (A against A)"
+NO_STREAMS = "none (no streams)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """batch: prompts decoded at once; repeats: times that all is run.
+
+  Prompt i draws with seed + i, in each method alike.
+  """
+
+  batch: int = 1
+  repeats: int = 1
+  max_new_tokens: int = 128
+  end_token: int = -1
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+  seed: int = 0
+
+  def __post_init__(self):
+    for name in ("batch", "repeats", "max_new_tokens"):
+      if getattr(self, name) < 1:
+        raise UserError(f"{name}={getattr(self, name)} must be 1 or more")
+
+  def seeds(self, count: int) -> np.ndarray:
+    """Seeds of prompts 0..count-1, wrapped at 2**32."""
+    return (self.seed + np.arange(count, dtype=np.int64)) % 2**32
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """A row of the table.
+
+  expects: the method whose tokens it must give, None where there is none.
+  times_against: the method it is timed against; None: the fastest baseline.
+  """
+
+  name: str
+  drafter: Drafter
+  expects: str | None = "none"
+  times_against: str | None = None
+
+  @property
+  def is_baseline(self) -> bool:
+    return self.name in ("none", NO_STREAMS)
+
+
+def plan(config: ModelConfig, drafters: Sequence[Drafter]) -> list[Method]:
+  """Baselines, the A-against-A row, then the drafters (NoDraft left out)."""
+  methods = [Method("none", NoDraft())]
+  if config.streams.attends:
+    plain = NoDraft(attach_streams=False)
+    methods.append(Method(NO_STREAMS, plain, expects=None))
+  twin = methods[-1]
+  noise = Method(NOISE, twin.drafter, expects=twin.name, times_against=twin.name)
+  rivals = [
+    Method(drafter.name, drafter)
+    for drafter in drafters
+    if not isinstance(drafter, NoDraft)
+  ]
+  return [*methods, noise, *rivals]
+
+
+@dataclasses.dataclass
+class Measured:
+  """What one method did; batches of `settings.batch` prompts in order.
+
+  Seconds are summed over the repeats.
+  """
+
+  method: Method
+  drafter: Drafter  # resolved against the model
+  generations: list[Generation]  # one a prompt
+  prefill_seconds: np.ndarray  # [batches]
+  decode_seconds: np.ndarray  # [batches]
+  batch: int
+  repeats: int
+  compile_seconds: float = 0.0
+  recompiles: int = 0  # compilations while the clock ran
+
+
+def measure(
+  model: Transformer,
+  prompts: Sequence[Sequence[int]],
+  methods: Sequence[Method],
+  settings: Settings,
+  on_warm_up: Callable[[int, int], None] = lambda done, total: None,
+  on_batch: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Measured]:
+  """Runs every method over all prompts; see the rules above.
+
+  Args:
+    model: the target of all methods.
+    prompts: token ids, no two alike.
+    methods: of `plan`.
+    settings: alike for all.
+    on_warm_up, on_batch: called with (pieces done, pieces in all), outside the
+      timed regions.
+
+  Raises:
+    UserError: a prompt appears twice or does not fit, a drafter does not fit.
+  """
+  _check_unique(prompts)
+  seeds = settings.seeds(len(prompts))
+  batches = [
+    slice(start, min(start + settings.batch, len(prompts)))
+    for start in range(0, len(prompts), settings.batch)
+  ]
+  # A decoder for each row: the A-against-A row is independent of its twin.
+  decoders = [Decoder(model, method.drafter) for method in methods]
+  zeros = lambda: np.zeros(len(batches))
+  own = dict(batch=settings.batch, repeats=settings.repeats)
+  results = [
+    Measured(method, decoder.drafter, [], zeros(), zeros(), **own)
+    for method, decoder in zip(methods, decoders)
+  ]
+
+  def run(decoder: Decoder, at: slice):
+    """One batch -> (finished state, prefill seconds, decoding seconds)."""
+    begin = time.perf_counter()
+    state = jax.block_until_ready(
+      decoder.start(
+        prompts[at],
+        max_new_tokens=settings.max_new_tokens,
+        end_token=settings.end_token,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        seed=seeds[at],
+      )
+    )
+    middle = time.perf_counter()
+    state = jax.block_until_ready(decoder.finish(state))
+    end = time.perf_counter()
+    return state, middle - begin, end - middle
+
+  compilations = Compilations()
+  shapes = _one_of_each_shape(prompts, batches)
+  for i, at in enumerate(shapes):
+    for j, (decoder, result) in enumerate(zip(decoders, results), 1):
+      cold, warm = (sum(run(decoder, at)[1:]) for _ in range(2))
+      result.compile_seconds += max(cold - warm, 0.0)
+      on_warm_up(i * len(methods) + j, len(shapes) * len(methods))
+
+  total = settings.repeats * len(batches) * len(methods)
+  done = 0
+  order = np.random.default_rng(0)
+  for repeat in range(settings.repeats):
+    for i, at in enumerate(batches):
+      for which in order.permutation(len(methods)):
+        decoder, result = decoders[which], results[which]
+        before = compilations.count
+        state, prefill, decoding = run(decoder, at)
+        result.recompiles += compilations.count - before
+        result.prefill_seconds[i] += prefill
+        result.decode_seconds[i] += decoding
+        if repeat == 0:
+          result.generations += collect(state)
+        done += 1
+        on_batch(done, total)
+  return results
+
+
+def _check_unique(prompts):
+  seen = {}
+  for i, prompt in enumerate(prompts):
+    first = seen.setdefault(tuple(prompt), i)
+    if first != i:
+      raise UserError(
+        f"prompt {i} is the same as prompt {first}: no prompt may count twice"
+      )
+  if not prompts:
+    raise UserError("no prompt to measure: give at least one")
+
+
+def _one_of_each_shape(prompts, batches) -> list[slice]:
+  """A batch for each combination of prompt bucket and batch size.
+
+  The buckets are those of `Decoder`; if they were not, `recompiles` would say.
+  """
+  shapes = {}
+  for at in batches:
+    longest = max(map(len, prompts[at]))
+    bucket = max(16, 1 << (longest - 1).bit_length())
+    shapes.setdefault((at.stop - at.start, bucket), at)
+  return list(shapes.values())
+
+
+# -- compilations ------------------------------------------------------------
+
+_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+class Compilations:
+  """Counts the programs that XLA compiles from now on, in `count`.
+
+  One listener serves all: JAX has no public way to take one away.
+  """
+
+  _total = None
+
+  def __init__(self):
+    if Compilations._total is None:
+      Compilations._total = 0
+      jax.monitoring.register_event_duration_secs_listener(self._listen)
+    self._before = Compilations._total
+    # A renamed event would make every count 0: better no number than that.
+    size = 1 + Compilations._total  # a shape that was not compiled before
+    jax.jit(lambda x: x + 1).lower(np.zeros(size)).compile()
+    if Compilations._total == self._before:
+      raise RuntimeError(f"jax {jax.__version__} does not report {_EVENT}")
+    self._before = Compilations._total
+
+  @staticmethod
+  def _listen(event: str, duration: float, **_):
+    del duration
+    Compilations._total += event == _EVENT
+
+  @property
+  def count(self) -> int:
+    return Compilations._total - self._before

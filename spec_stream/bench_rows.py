@@ -1,0 +1,300 @@
+"""Rows of results.jsonl, from what `bench.measure` returns.
+
+ms_per_token        decoding seconds over the tokens that decoding emitted; the
+                    first token of a prompt is prefill's
+ms_to_first_token   prefill: it ends with the first token
+tokens_per_second   all tokens over prefill and decoding
+speedup             baseline's ms_per_token over the method's, hence a ratio of
+                    total times where the tokens are the same
+speedup_request     the same with prefill counted, per token emitted
+step_ms, step_cost  one call of the compiled loop; in steps of the baseline
+extra_params        weights beyond those of a plain decoder
+"""
+
+import math
+import os
+import platform
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from spec_stream import sampling, ties
+from spec_stream.bench import NOISE, Measured, Settings
+from spec_stream.decode import Generation
+from spec_stream.drafters.base import Drafter
+from spec_stream.drafters.streams import StreamDraft
+from spec_stream.models.lora import LoRAParam
+from spec_stream.models.prune import PruneParam
+from spec_stream.models.streams import StreamParam
+from spec_stream.models.transformer import Transformer, num_params
+
+POSITIONS_PER_BIN = 8
+RESAMPLES = 2000
+
+
+def rows(
+  model: Transformer,
+  prompts: Sequence[Sequence[int]],
+  results: Sequence[Measured],
+  settings: Settings,
+  about: dict,
+) -> list[dict]:
+  """One json-able dict per method, in the order of `results`.
+
+  Args:
+    model, prompts, settings: those that were measured.
+    results: of `bench.measure`.
+    about: what all rows share: run_id, dataset, commit, date, ...
+  """
+  by_name = {r.method.name: r for r in results[::-1]}  # the first of a name
+  baselines = [r for r in results if r.method.is_baseline]
+  fastest = min(baselines, key=lambda r: _ms_per_token(r) or math.inf)
+  out = []
+  for result in results:
+    method = result.method
+    base = by_name.get(method.times_against, fastest)
+    row = _counts(result) | _times(result, base, fastest)
+    row |= _agreement(model, prompts, result, by_name, settings)
+    if method.name == NOISE:
+      row |= {"noise_low": row["speedup_low"]}
+      row |= {"noise_high": row["speedup_high"]}
+    out.append(
+      {
+        "method": method.name,
+        **about,
+        "mode": model.config.streams.mode,
+        "num_streams": result.drafter.num_streams,
+        "num_stream_layers": model.config.streams.num_stream_layers,
+        **_tree(result.drafter),
+        "accept": "exact",
+        "temperature": settings.temperature,
+        "top_k": settings.top_k,
+        "top_p": settings.top_p,
+        "batch": settings.batch,
+        "repeats": settings.repeats,
+        "max_new_tokens": settings.max_new_tokens,
+        **row,
+        "extra_params": extra_params(model, result.drafter),
+        "compile_seconds": round(result.compile_seconds, 3),
+        "recompiles": result.recompiles,
+        "dtype": model.config.dtype,
+        "seed": settings.seed,
+      }
+    )
+  return out
+
+
+def bugs(rows: Sequence[dict]) -> list[str]:
+  """Differences too wide for a tie, one line a row; [] is as it should be."""
+  return [
+    f"{row['method']} ({row['tree_nodes']} nodes) departs from plain decoding "
+    f"beyond a tie: {row['mismatch']}"
+    for row in rows
+    if row["mismatch"]
+  ]
+
+
+# -- counts ------------------------------------------------------------------
+
+
+def _counts(result: Measured) -> dict:
+  generations = result.generations
+  tokens = sum(len(g.token_ids) for g in generations)
+  calls = sum(g.target_calls for g in generations)
+  return {
+    "prompts": len(generations),
+    "tokens": tokens,
+    "target_calls": calls,
+    "tokens_per_call": tokens / calls,
+    "tokens_per_call_by_position": tokens_per_call_by_position(generations),
+    "accept_by_depth": accept_by_depth(generations),
+  }
+
+
+def tokens_per_call_by_position(
+  generations: Sequence[Generation],
+) -> list[float]:
+  """Mean tokens per call of output positions 0-7, 8-15, ...
+
+  A call that emits n tokens counts as 1/n of a call at each of them, so that a
+  call across two bins is shared between them. Prefill is a call of one token.
+  """
+  tokens, calls = [], []
+  for generation in generations:
+    size = np.bincount(generation.calls)
+    for position, call in enumerate(generation.calls):
+      which = position // POSITIONS_PER_BIN
+      while len(tokens) <= which:
+        tokens.append(0)
+        calls.append(0.0)
+      tokens[which] += 1
+      calls[which] += 1 / size[call]
+  return [t / c for t, c in zip(tokens, calls)]
+
+
+def accept_by_depth(generations: Sequence[Generation]) -> list[float]:
+  """Share of verifications that accepted a node of depth 1, 2, ..."""
+  total = np.sum([g.accepts for g in generations], 0)
+  return [float(n / total[0]) for n in total[1:]] if total[0] else []
+
+
+def extra_params(model: Transformer, drafter: Drafter) -> int:
+  """Weights that this drafter needs beyond a plain decoder of this shape.
+
+  Adapters of shared mode serve the main stream, as in any fine-tuning; those
+  of lossless mode exist for the streams alone.
+  """
+  kinds = []
+  if drafter.num_streams:
+    kinds.append(StreamParam)
+    if model.config.streams.mode == "lossless":
+      kinds.append(LoRAParam)
+  if drafter.prune:
+    kinds.append(PruneParam)
+  return sum(num_params(model, kind) for kind in kinds)
+
+
+def _tree(drafter: Drafter) -> dict:
+  is_streams = isinstance(drafter, StreamDraft)
+  return {
+    "tree": drafter.tree.kind if is_streams else None,
+    "tree_nodes": drafter.num_nodes,
+    "tree_width": drafter.tree.width if is_streams else None,
+    "kept_nodes": drafter.prune.kept_nodes,
+    "prune_threshold": drafter.prune.threshold,
+  }
+
+
+# -- times -------------------------------------------------------------------
+
+
+def _times(result: Measured, base: Measured, fastest: Measured) -> dict:
+  prefill = result.prefill_seconds.sum()
+  request = prefill + result.decode_seconds.sum()
+  repeats, tokens = result.repeats, sum(_tokens(result))
+  speedup, low, high = ratio_with_interval(
+    (base.decode_seconds, _tokens(base, first=False)),
+    (result.decode_seconds, _tokens(result, first=False)),
+  )
+  by_request = ratio_with_interval(
+    (base.prefill_seconds + base.decode_seconds, _tokens(base)),
+    (result.prefill_seconds + result.decode_seconds, _tokens(result)),
+  )
+  step, plain = _step_ms(result), _step_ms(fastest)
+  batches = len(result.prefill_seconds)
+  return {
+    "ms_per_token": _ms_per_token(result),
+    "ms_to_first_token": 1e3 * prefill / (batches * repeats),
+    "tokens_per_second": tokens * repeats / request,
+    "baseline": base.method.name,
+    "speedup": speedup,
+    "speedup_low": low,
+    "speedup_high": high,
+    "speedup_request": by_request[0],
+    "step_ms": step,
+    "step_cost": step / plain if step and plain else None,
+  }
+
+
+def ratio_with_interval(
+  base: tuple[np.ndarray, np.ndarray],
+  method: tuple[np.ndarray, np.ndarray],
+  seed: int = 0,
+) -> tuple[float | None, float | None, float | None]:
+  """-> (how much faster, and the ends of its 95 % bootstrap interval).
+
+  base, method: (seconds, tokens) of the same prompts (or batches), [n] each.
+  The prompts are drawn anew RESAMPLES times, for both together (paired), and
+  the same ones for each pair of methods. None where nothing was decoded.
+  """
+  if not (base[1].sum() and method[1].sum()):
+    return None, None, None
+  size = len(base[0])
+  drawn = np.random.default_rng(seed).integers(0, size, (RESAMPLES, size))
+  at = np.concatenate([np.arange(size)[None], drawn])  # first: as measured
+  # ([n] sums of seconds / of tokens) per resample, base over method.
+  rate = [x[0][at].sum(1) / np.maximum(x[1][at].sum(1), 1) for x in (base, method)]
+  ratio = rate[0] / rate[1]
+  low, high = np.percentile(ratio[1:], [2.5, 97.5])
+  return float(ratio[0]), float(low), float(high)
+
+
+def _tokens(result: Measured, first: bool = True) -> np.ndarray:
+  """[batches] tokens emitted; first=False: those of decoding alone."""
+  counts = [len(g.token_ids) - (not first) for g in result.generations]
+  size = result.batch
+  return np.array(
+    [sum(counts[i : i + size]) for i in range(0, len(counts), size)]
+  )
+
+
+def _ms_per_token(result: Measured) -> float | None:
+  tokens = _tokens(result, first=False).sum() * result.repeats
+  return float(1e3 * result.decode_seconds.sum() / tokens) if tokens else None
+
+
+def _step_ms(result: Measured) -> float | None:
+  """Of one pass of the loop; a batch runs until its last row is done."""
+  steps, size = [g.target_calls - 1 for g in result.generations], result.batch
+  passes = sum(
+    max(steps[i : i + size]) for i in range(0, len(steps), size)
+  )
+  passes *= result.repeats
+  return float(1e3 * result.decode_seconds.sum() / passes) if passes else None
+
+
+# -- agreement with plain decoding -------------------------------------------
+
+
+def _agreement(model, prompts, result, by_name, settings) -> dict:
+  """identical, max_tie_margin, and mismatch: words for what is no tie."""
+  if result.method.expects is None:
+    return {"identical": None, "max_tie_margin": None, "mismatch": None}
+  seeds = settings.seeds(len(prompts))
+  draws = [
+    sampling.make(
+      1, settings.temperature, settings.top_k, settings.top_p, int(seed)
+    )
+    for seed in seeds
+  ]
+  found = ties.compare(
+    model,
+    prompts,
+    [g.token_ids for g in by_name[result.method.expects].generations],
+    [g.token_ids for g in result.generations],
+    draws,
+    attach_streams=result.drafter.num_streams > 0,
+  )
+  widest = max(found, key=lambda d: d.margin, default=None)
+  bound = ties.widest_tie(model.config.dtype)
+  wrong = widest is not None and widest.margin >= bound
+  finite = widest is not None and math.isfinite(widest.margin)
+  return {
+    "identical": 1 - len(found) / len(prompts),
+    "max_tie_margin": widest.margin if finite else None,
+    "mismatch": str(widest) if wrong else None,
+  }
+
+
+# -- surroundings ------------------------------------------------------------
+
+
+def device_words() -> str:
+  """The accelerator, if there is one, and the processor with its cores."""
+  device = jax.devices()[0]
+  name = platform.processor() or platform.machine()
+  try:
+    with open("/proc/cpuinfo") as file:
+      names = [x.split(":", 1)[1] for x in file if x.startswith("model name")]
+    name = " ".join(names[0].split()) if names else name
+  except OSError:
+    pass  # not Linux
+  try:
+    cores = len(os.sched_getaffinity(0))
+  except AttributeError:  # not Linux
+    cores = os.cpu_count()
+  words = f"{device.platform}: {name}, {cores} cores"
+  if device.platform != "cpu":
+    words = f"{device.device_kind} (host {name}, {cores} cores)"
+  return words

@@ -1,0 +1,262 @@
+"""Runs on disk, and the one place that knows orbax.
+
+    <workdir>/config.json         model, data and train settings, git commit
+    <workdir>/tokenizer.json
+    <workdir>/checkpoints/<step>/ weights, optimizer, data (the iterator), meta
+
+A checkpoint is written beside its final name and renamed when complete, so a
+kill never leaves half of one. Weights are a flat dict by path (see `weights`):
+`load_run` reads them alone, onto whatever devices there are.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import pathlib
+import subprocess
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from spec_stream import sharding, weights
+from spec_stream.errors import UserError
+from spec_stream.models import config as model_config
+from spec_stream.models.transformer import Transformer
+from spec_stream.weights import Weights
+
+_QUIET = ("orbax", "absl", "jax", "array_record", "grain")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A trained model as `load_run` found it."""
+
+  model: Transformer
+  tokenizer: Any  # spec_stream.data.tokenizer.Tokenizer
+  config: dict
+  step: int
+
+
+# -- config and tokenizer ----------------------------------------------------
+
+
+def write_config(workdir, config: dict):
+  """Writes <workdir>/config.json, complete or not at all."""
+  path = pathlib.Path(workdir) / "config.json"
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_suffix(".tmp")
+  temporary.write_text(json.dumps(config, indent=2) + "\n")
+  temporary.replace(path)
+
+
+def read_config(workdir) -> dict:
+  """The settings of a run. Raises: UserError if there is none or it is torn."""
+  workdir = pathlib.Path(workdir)
+  if not workdir.is_dir():
+    raise UserError(f"{workdir}: no such directory; give a run's --workdir")
+  path = workdir / "config.json"
+  if not path.is_file():
+    raise UserError(
+      f"{workdir} holds no config.json, so it is no run of launch/train.py"
+    )
+  try:
+    config = json.loads(path.read_text())
+    if not isinstance(config, dict) or "model" not in config:
+      raise ValueError("it has no model")
+  except ValueError as e:
+    raise UserError(f"{path} cannot be read as a run's settings: {e}") from e
+  return config
+
+
+def read_tokenizer(workdir, vocab_size: int):
+  """The run's tokenizer, which must have the model's vocabulary."""
+  from spec_stream.data.tokenizer import Tokenizer
+
+  path = pathlib.Path(workdir) / "tokenizer.json"
+  if not path.is_file():
+    raise UserError(f"{workdir} holds no tokenizer.json: the run is incomplete")
+  try:
+    tokenizer = Tokenizer.load(str(path))
+  except Exception as e:  # the library raises bare Exception
+    raise UserError(f"{path} cannot be read as a tokenizer: {_short(e)}") from e
+  if tokenizer.vocab_size != vocab_size:
+    raise UserError(
+      f"{path} has {tokenizer.vocab_size} tokens, but the model has "
+      f"{vocab_size}: it is not the tokenizer of this run"
+    )
+  return tokenizer
+
+
+def git_commit() -> str | None:
+  """Commit of this checkout, with "+" if files differ; None outside git."""
+
+  def git(*words):
+    done = subprocess.run(
+      ["git", "-C", str(pathlib.Path(__file__).parent), *words],
+      capture_output=True,
+      text=True,
+      check=True,
+    )
+    return done.stdout.strip()
+
+  try:
+    commit = git("rev-parse", "--short=12", "HEAD")
+    return commit + "+" * bool(git("status", "--porcelain", "-uno"))
+  except (OSError, subprocess.CalledProcessError):
+    return None
+
+
+# -- checkpoints -------------------------------------------------------------
+
+
+def _directory(workdir) -> pathlib.Path:
+  return pathlib.Path(workdir).absolute() / "checkpoints"
+
+
+def steps(workdir) -> list[int]:
+  """Steps of the complete checkpoints, ascending."""
+  directory = _directory(workdir)
+  if not directory.is_dir():
+    return []
+  return sorted(
+    int(p.name) for p in directory.iterdir() if p.is_dir() and p.name.isdigit()
+  )
+
+
+class Saver:
+  """Saves in the background and keeps the last `keep` checkpoints.
+
+    with Saver(workdir, keep=2) as saver:
+      saver.save(state, iterator)
+  """
+
+  def __init__(self, workdir, keep: int):
+    _silence()
+    self._directory = _directory(workdir)
+    self._manager = ocp.CheckpointManager(
+      self._directory,
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep, create=True, enable_async_checkpointing=True
+      ),
+    )
+
+  def save(self, step: int, weights: Weights, opt_state, iterator):
+    """iterator: the grain iterator as it stands after the batch of `step`."""
+    import grain
+
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        weights=ocp.args.StandardSave(weights),
+        optimizer=ocp.args.StandardSave(opt_state),
+        data=grain.checkpoint.CheckpointSave(iterator),
+        meta=ocp.args.JsonSave({"step": step}),
+      ),
+    )
+
+  def restore(self, step: int, weights: Weights, opt_state, iterator):
+    """-> (weights, opt_state) like those given, placed as they are.
+
+    The iterator is set in place. Raises: UserError if it cannot be read.
+    """
+    import grain
+
+    with _readable(self._directory / str(step)):
+      restored = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          weights=ocp.args.StandardRestore(_abstract(weights)),
+          optimizer=ocp.args.StandardRestore(_abstract(opt_state)),
+          data=grain.checkpoint.CheckpointRestore(iterator),
+          meta=ocp.args.JsonRestore(),
+        ),
+      )
+    return restored.weights, restored.optimizer
+
+  def wait(self):
+    """Returns when what was saved is on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self):
+    self._manager.close()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exception):
+    self.close()
+
+
+def load_weights(workdir, config, step=None, mesh: Mesh | None = None):
+  """-> (weights of a ModelConfig by path, step); the last step by default.
+
+  mesh: where to put them; None: the first device.
+  """
+  found = steps(workdir)
+  if not found:
+    raise UserError(f"{workdir} holds no complete checkpoint yet")
+  step = found[-1] if step is None else step
+  if step not in found:
+    raise UserError(
+      f"{workdir} has no checkpoint of step {step}; it has: "
+      f"{', '.join(map(str, found))}"
+    )
+  shapes = weights.shapes(config)
+  if mesh is None:
+    place = dict.fromkeys(shapes, SingleDeviceSharding(jax.devices()[0]))
+  else:
+    place = sharding.weight_shardings(mesh, shapes)
+  target = {
+    path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place[path])
+    for path, x in shapes.items()
+  }
+  _silence()
+  directory = _directory(workdir) / str(step)
+  with _readable(directory):
+    with ocp.StandardCheckpointer() as reader:
+      return reader.restore(directory / "weights", target), step
+
+
+def load_run(workdir, step: int | None = None, mesh: Mesh | None = None) -> Run:
+  """The model, tokenizer and settings of a run, at a step or the last one.
+
+  Raises: UserError, one line, if any of them is missing or cannot be read.
+  """
+  config = read_config(workdir)
+  model = model_config.from_dict(config["model"])
+  tokenizer = read_tokenizer(workdir, model.vocab_size)
+  values, step = load_weights(workdir, model, step, mesh)
+  return Run(weights.to_model(model, values), tokenizer, config, step)
+
+
+def _abstract(tree):
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
+  )
+
+
+@contextlib.contextmanager
+def _readable(directory: pathlib.Path):
+  """Whatever orbax or tensorstore raises becomes one line with the path."""
+  try:
+    yield
+  except UserError:
+    raise
+  except Exception as e:
+    raise UserError(
+      f"the checkpoint {directory} cannot be read ({_short(e)}); remove it to "
+      "fall back on an earlier one, or train again in a new --workdir"
+    ) from e
+
+
+def _short(error: Exception, limit: int = 160) -> str:
+  text = " ".join(str(error).split()) or type(error).__name__
+  return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _silence():
+  for name in _QUIET:
+    logging.getLogger(name).setLevel(logging.ERROR)

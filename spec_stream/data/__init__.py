@@ -1,0 +1,1 @@
+"""Data sets as TFDS builders, the tokenizer, and the input pipeline."""

@@ -1,0 +1,80 @@
+"""Speculative streams: the target drafts its own next tokens (paper 3.1).
+
+The J streams of the last accepted token predict the J tokens after the new
+root, each on its own; a tree over their candidates is the next draft.
+Parameters beyond the target's: J D stream embeddings (shared mode), and LoRA on
+stream rows in lossless mode.
+"""
+
+import dataclasses
+
+from spec_stream.drafters.base import Accepted, Params
+from spec_stream.errors import UserError
+from spec_stream.models.config import ModelConfig
+from spec_stream.models.prune import Prune
+from spec_stream.tree import TreeSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamDraft:
+  """tree: its kind and size; num_streams: J' <= J, 0 for all that were trained.
+
+  Fewer streams draft less deep and cost less. Not open to models whose main
+  stream attends to its streams.
+  """
+
+  tree: TreeSpec = TreeSpec()
+  prune: Prune = Prune()
+  num_streams: int = 0
+
+  name = "streams"
+
+  def resolve(self, config: ModelConfig) -> "StreamDraft":
+    trained = config.streams.num_streams
+    num_streams = self.num_streams or trained
+    if trained == 0:
+      raise UserError(
+        "this model has no streams: use --drafter=none, or train one with "
+        "model.streams.num_streams above 0"
+      )
+    if not 0 < num_streams <= trained:
+      raise UserError(
+        f"num_streams={num_streams}: this model was trained with {trained}"
+      )
+    if config.streams.attends and num_streams != trained:
+      raise UserError(
+        f"num_streams={num_streams}: the main stream of this model attends to "
+        f"its streams, so all {trained} must be attached"
+      )
+    tree = self.tree.resolve(num_streams, config.vocab_size)
+    kept, threshold = self.prune.kept_nodes, self.prune.threshold
+    if not 0 <= kept <= tree.num_nodes:
+      raise UserError(
+        f"kept_nodes={kept} must lie between 0 (off) and the tree's "
+        f"{tree.num_nodes} nodes"
+      )
+    if not 0 <= threshold < 1:
+      raise UserError(f"prune_threshold={threshold} must lie in [0, 1)")
+    if self.prune and config.streams.prune_rank == 0:
+      raise UserError(
+        "this model has no pruner: train with model.streams.prune_rank above 0"
+      )
+    return dataclasses.replace(self, tree=tree, num_streams=num_streams)
+
+  @property
+  def num_nodes(self) -> int:
+    return self.tree.num_nodes
+
+  @property
+  def longest(self) -> int:
+    if self.tree.kind == "best_first":
+      return 1 + min(self.num_streams, self.tree.num_nodes - 1)
+    return self.tree.longest
+
+  def init(self, params: Params, batch: int):
+    return None
+
+  def propose(self, params: Params, state, accepted: Accepted):
+    streams = accepted.streams[:, : max(self.longest - 1, 1)]
+    logits = params.target.logits(streams)
+    return self.tree.build(accepted.root, logits), state

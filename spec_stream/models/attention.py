@@ -1,0 +1,158 @@
+"""Attention over the cache, the new tokens and their streams.
+
+The rows of one call are [main 0..T-1 | streams (u, j)], in one block: one
+projection, one softmax. `at[u]` is the main row that carries set u.
+
+                cache slots   main rows      streams (u', j')
+    main t      < length      mask[t]        u' at t, if main attends (eq. 1)
+    (u, j)      < length      mask[at[u]]    u' = u, j' <= j         (eq. 2)
+
+Only main rows' keys and values ever reach the cache.
+
+Letters: B batch row, R rows, T main rows, U sets of streams, J streams, S cache
+slots, K key/value heads, G query heads per key/value head, H head size.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from spec_stream.models.config import ModelConfig
+from spec_stream.models.layers import rotate, rotation, wide
+from spec_stream.models.lora import Linear
+
+_NEVER = -1e30  # finite: a row with nothing to attend to must not give NaN
+
+
+@flax.struct.dataclass
+class Rows:
+  """What the rows of a call are; the same for each layer."""
+
+  rotary: jax.Array  # [B, R, 2, 2, H/2], see `rotation`
+  mask: jax.Array  # [B, R, R] row may attend to the key of row
+  turn: jax.Array | None = None  # rotation of values (eq. 9), as `rotary`
+  num_main: int = flax.struct.field(pytree_node=False, default=0)  # T
+
+
+def main_rows(config: ModelConfig, positions, mask) -> Rows:
+  """Rows without streams. positions: [B, T]; mask: [B, T, T]."""
+  rotary = rotation(positions, config.head_dim, config.rope_theta, config.dtype)
+  return Rows(rotary, mask, num_main=positions.shape[1])
+
+
+def stream_rows(
+  config: ModelConfig, positions, mask, at, num_streams: int
+) -> Rows:
+  """Rows of main tokens and of a set of streams on each position `at`.
+
+  positions: [B, T]; mask: [B, T, T]; at: [B, U] main rows, -1 for none (its
+  rows hold junk, which no other row sees), or None for every row.
+  """
+  batch, num_main = positions.shape
+  if at is None:
+    at = jnp.broadcast_to(jnp.arange(num_main), positions.shape)
+  set_of = jnp.repeat(jnp.arange(at.shape[1]), num_streams)  # [U J]
+  j = jnp.tile(jnp.arange(1, num_streams + 1), at.shape[1])
+  carrier = at[:, set_of]  # [B, U J] main row of each stream row
+  take = lambda x: at_rows(x, carrier)
+  to_main = jnp.concatenate([mask, take(mask)], 1)  # [B, R, T]
+  own = (set_of[:, None] == set_of) & (j[:, None] >= j)
+  own = jnp.broadcast_to(own, (batch, *own.shape))
+  if config.streams.attends:
+    back = jnp.arange(num_main)[None, :, None] == carrier[:, None]
+  else:
+    back = jnp.zeros((batch, num_main, j.size), bool)
+  to_streams = jnp.concatenate([back, own], 1)  # [B, R, U J]
+  future = config.streams.stream_position == "future"
+  positions = jnp.concatenate(
+    [positions, take(positions) + (j if future else 0)], 1
+  )
+  rows = main_rows(config, positions, None)
+  turn = None
+  if config.streams.stream_id == "rotation":
+    # Eq. 9: value of stream j times e^{i eps j}; main values stay.
+    j = jnp.concatenate([jnp.zeros(num_main, j.dtype), j])[None]
+    angle = config.streams.rotation_eps * j.astype(wide(config.dtype))
+    turn = rotation(angle, config.head_dim, 1.0, config.dtype)
+  mask = jnp.concatenate([to_main, to_streams], 2)
+  return Rows(rows.rotary, mask, turn, num_main)
+
+
+def at_rows(x: jax.Array, at: jax.Array) -> jax.Array:
+  """x [B, T, ...] -> [B, U, ...], the rows `at` [B, U]; -1 reads row 0."""
+  index = jnp.maximum(at, 0).reshape(*at.shape, *(1,) * (x.ndim - 2))
+  return jnp.take_along_axis(x, index, 1)
+
+
+class Attention(nnx.Module):
+  """Grouped-query attention with rotary positions over `Rows`."""
+
+  def __init__(self, config: ModelConfig, *, lora_rank: int, rngs: nnx.Rngs):
+    self.config = config
+    heads = (config.num_kv_heads, config.groups)
+    keys = dict(lora_rank=lora_rank, rngs=rngs)
+    # Per key/value head: its G queries, its key, its value.
+    out = (heads[0], heads[1] + 2, config.head_dim)
+    self.qkv = Linear((config.width,), out, config, **keys)
+    std = (config.num_heads * config.head_dim * 2 * config.num_layers) ** -0.5
+    inputs = (*heads, config.head_dim)
+    self.out = Linear(inputs, (config.width,), config, std=std, **keys)
+
+  def __call__(self, x, rows: Rows, cache, length, adapt_from: int):
+    """x [B, R, D] -> (y [B, R, D], (k, v) of the T main rows [B, K, T, H]).
+
+    cache: (k, v) [B, K, S, H] of this layer or None; length: [B].
+    """
+    groups, num_main = self.config.groups, rows.num_main
+    with jax.named_scope("qkv"):
+      qkv = self.qkv(x, adapt_from)  # [B, R, K, G+2, H]
+      qk = rotate(qkv[:, :, :, :-1], rows.rotary[:, :, None, None])
+      scale = jnp.asarray(self.config.head_dim**-0.5, qk.dtype)
+      q = jnp.moveaxis(qk[:, :, :, :groups] * scale, 2, 1)  # [B, K, R, G, H]
+      k, v = qk[:, :, :, groups], qkv[:, :, :, -1]
+      if rows.turn is not None:
+        v = rotate(v, rows.turn[:, :, None])
+      k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, R, H]
+    with jax.named_scope("attend"):
+      blocks = [(k, v, rows.mask[:, None, :, None])]
+      if cache is not None:
+        old = jnp.arange(cache[0].shape[2]) < length[:, None]  # [B, S]
+        blocks.append((*cache, old[:, None, None, None]))
+      y = _attend(q, blocks)
+    with jax.named_scope("out"):
+      y = self.out(jnp.moveaxis(y, 1, 2), adapt_from)
+    return y, (k[:, :, :num_main], v[:, :, :num_main])
+
+
+def _attend(q, blocks):
+  """One softmax over several blocks of keys.
+
+  q: [B, K, R, G, H]; blocks: (k, v [B, K, keys, H], mask, broadcast against
+  [B, K, R, G, keys]). Scores are float32 or wider. The blocks are joined by
+  their common maximum and sum: no key, value or score is copied.
+  """
+  dtype = wide(q.dtype)
+  scores = [
+    jnp.where(
+      mask,
+      jnp.einsum(
+        "bkrgh,bkth->bkrgt",
+        q,
+        k.astype(q.dtype),
+        preferred_element_type=dtype,
+      ),
+      jnp.asarray(_NEVER, dtype),
+    )
+    for k, _, mask in blocks
+  ]
+  top = jnp.max(scores[0], -1, keepdims=True)
+  for score in scores[1:]:
+    top = jnp.maximum(top, jnp.max(score, -1, keepdims=True))
+  exps = [jnp.exp(score - jax.lax.stop_gradient(top)) for score in scores]
+  total = sum(jnp.sum(e, -1, keepdims=True) for e in exps)
+  y = sum(
+    jnp.einsum("bkrgt,bkth->bkrgh", e.astype(q.dtype), v.astype(q.dtype))
+    for e, (_, v, _) in zip(exps, blocks, strict=True)
+  )
+  return (y / total).astype(q.dtype)

@@ -1,0 +1,82 @@
+"""Linear maps with low-rank adapters (LoRA).
+
+`y = x W + scale (x A) B` with `scale = alpha / rank` and B zero at the start.
+In shared mode the adapter serves every row; in lossless mode stream rows alone,
+so that main rows are the base model's to the bit. Which rows: `adapt_from`.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from spec_stream.models.config import ModelConfig
+
+
+class LoRAParam(nnx.Param):
+  """A weight of an adapter."""
+
+
+class Linear(nnx.Module):
+  """x [..., *in] -> [..., *out] without bias; kernel [*in, *out].
+
+  Several projections of the same input stand side by side in one kernel, so
+  that main and stream rows pass through one matrix product.
+  """
+
+  def __init__(
+    self,
+    inputs: tuple[int, ...],
+    outputs: tuple[int, ...],
+    config: ModelConfig,
+    *,
+    lora_rank: int,
+    std: float | None = None,
+    rngs: nnx.Rngs,
+  ):
+    self.inputs, self.outputs = inputs, outputs
+    fan_in = math.prod(inputs)
+    normal = jax.nn.initializers.normal(
+      std or fan_in**-0.5, dtype=config.param_dtype
+    )
+    self.kernel = nnx.Param(normal(rngs.params(), (*inputs, *outputs)))
+    self.lora_scale = config.streams.lora_alpha / max(lora_rank, 1)
+    small = jax.nn.initializers.normal(fan_in**-0.5, dtype=jnp.float32)
+    self.lora_a = (
+      LoRAParam(small(rngs.params(), (*inputs, lora_rank)))
+      if lora_rank
+      else None
+    )
+    self.lora_b = (
+      LoRAParam(jnp.zeros((lora_rank, *outputs), jnp.float32))
+      if lora_rank
+      else None
+    )
+
+  def __call__(self, x: jax.Array, adapt_from: int = 0) -> jax.Array:
+    """x: [B, R, *in]; rows from `adapt_from` on pass through the adapter."""
+    batch, rows = x.shape[:2]
+    x = x.reshape(batch, rows, -1)
+    flat = lambda w, n: w[...].astype(x.dtype).reshape(n, -1)
+    y = x @ flat(self.kernel, x.shape[-1])
+    if self.lora_a is not None and adapt_from < rows:
+      rank = self.lora_b.shape[0]
+      low = x[:, adapt_from:] @ flat(self.lora_a, x.shape[-1])
+      low = (low @ flat(self.lora_b, rank)) * self.lora_scale
+      if adapt_from:
+        y = jnp.concatenate([y[:, :adapt_from], y[:, adapt_from:] + low], 1)
+      else:
+        y = y + low
+    return y.reshape(batch, rows, *self.outputs)
+
+  def merge(self):
+    """Folds the adapter into the kernel: right where it serves every row."""
+    if self.lora_a is None:
+      return
+    wide = jnp.promote_types(self.kernel[...].dtype, jnp.float32)
+    a, b = self.lora_a[...].astype(wide), self.lora_b[...].astype(wide)
+    delta = jnp.tensordot(a, b, 1) * self.lora_scale
+    kernel = self.kernel[...]
+    self.kernel[...] = (kernel.astype(wide) + delta).astype(kernel.dtype)
+    self.lora_a = self.lora_b = None

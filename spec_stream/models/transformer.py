@@ -1,0 +1,229 @@
+"""The decoder and its one forward pass.
+
+Training, prefill, a plain step and the verification of a tree are the same
+function with another mask among the new tokens:
+
+    training     T = sequence, mask causal within segments, no cache
+    prefill      T = prompt bucket, mask causal, streams on the last position
+    plain step   T = 1
+    verify       T = M tree nodes, mask = ancestors, streams on every node
+
+Letters: B batch row, T new positions, U positions with streams, J streams, D
+width, V vocabulary, L layers, N_s top layers with streams.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from spec_stream.cache import KV, KVCache
+from spec_stream.errors import UserError
+from spec_stream.models.attention import (
+  Attention,
+  Rows,
+  at_rows,
+  main_rows,
+  stream_rows,
+)
+from spec_stream.models.config import ModelConfig
+from spec_stream.models.layers import Embed, FeedForward, RMSNorm, wide
+from spec_stream.models.lora import Linear
+from spec_stream.models.prune import Pruner
+from spec_stream.models.streams import Streams
+
+ALL = "all"  # streams on every new position
+
+
+class Block(nnx.Module):
+  """Pre-norm attention and feed-forward, each added to the residual."""
+
+  def __init__(self, config: ModelConfig, *, lora_rank: int, rngs: nnx.Rngs):
+    keys = dict(lora_rank=lora_rank, rngs=rngs)
+    self.attention_norm = RMSNorm(config)
+    self.attention = Attention(config, **keys)
+    self.ffw_norm = RMSNorm(config)
+    self.ffw = FeedForward(config, **keys)
+
+  def __call__(self, x, rows: Rows, cache, length, adapt_from: int):
+    y = self.attention_norm(x)
+    y, kv = self.attention(y, rows, cache, length, adapt_from)
+    x = x + y
+    with jax.named_scope("ffw"):
+      return x + self.ffw(self.ffw_norm(x), adapt_from), kv
+
+
+class Transformer(nnx.Module):
+  """Weights; `forward` runs them. Stream modules exist if J > 0."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    self.config = config
+    streams = config.streams
+    self.embed = Embed(config, rngs=rngs)
+    self.blocks = nnx.List()
+    for layer in range(config.num_layers):
+      adapt = streams.lora_layers == "all" or layer >= config.insertion_layer
+      rank = streams.lora_rank if adapt else 0
+      self.blocks.append(Block(config, lora_rank=rank, rngs=rngs))
+    self.final_norm = RMSNorm(config)
+    shape = (config.width,), (config.vocab_size,)
+    tied, some = config.tie_embeddings, streams.num_streams > 0
+    self.head = None if tied else Linear(*shape, config, lora_rank=0, rngs=rngs)
+    self.streams = Streams(config, rngs=rngs) if some else None
+    prunes = some and streams.prune_rank > 0
+    self.pruner = Pruner(config, rngs=rngs) if prunes else None
+
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """Final-normed hidden [B, R, D] -> logits [B, R, V], float32 or wider."""
+    with jax.named_scope("head"):
+      head = self.embed.decode if self.head is None else self.head
+      return head(hidden).astype(wide(hidden.dtype))
+
+  def early_logits(self, early: jax.Array) -> jax.Array:
+    """Early exit of the pruner: hidden at layer L-N_s [B, R, D] -> logits."""
+    if self.pruner is None:
+      raise UserError(
+        "this model has no pruner: train with model.streams.prune_rank above 0"
+      )
+    return self.logits(self.final_norm(self.pruner(early)))
+
+
+@flax.struct.dataclass
+class Output:
+  """Of one forward pass over T (or with `keep`, T') new positions."""
+
+  main: jax.Array  # [B, T', D] final-normed hidden of the main stream
+  streams: jax.Array | None  # [B, U, J, D] the same of the streams
+  kv: KV  # per layer (k, v) [B, K, T', H] of the main stream
+  early: jax.Array  # [B, T, D] main stream after layer L-N_s
+  kept: Any = None  # what `keep` returned beside the rows
+
+
+def forward(
+  model: Transformer,
+  tokens: jax.Array,
+  positions: jax.Array,
+  mask: jax.Array,
+  *,
+  cache: KVCache | None = None,
+  streams: jax.Array | str | None = None,
+  num_streams: int | None = None,
+  keep: Callable[[jax.Array], tuple[jax.Array, Any]] | None = None,
+) -> Output:
+  """One pass over new tokens.
+
+  Args:
+    model: the weights.
+    tokens: [B, T] int32.
+    positions: [B, T] absolute positions.
+    mask: [B, T, T]; True where position (row) may attend to position (column).
+    cache: committed tokens, all visible to all new ones.
+    streams: which positions carry streams: None, ALL, or [B, U] indices into T,
+      -1 for none. After `keep`, indices into what it kept.
+    num_streams: streams attached, the first J' of the J trained ones; None for
+      all. A stream never sees a later one, so fewer change nothing else, but
+      where the main stream attends to its streams.
+    keep: chooses, from the hidden states [B, T, D] after layer L-N_s, the rows
+      [B, T'] (ascending) that enter the top layers, and returns them with
+      whatever the caller wants back as `Output.kept`: see `prune`.
+
+  Raises:
+    UserError: streams asked of a model that has none.
+  """
+  config = model.config
+  num_streams = _check_streams(config, streams, num_streams)
+  if not num_streams:
+    streams = None
+  length = None if cache is None else cache.length
+  rows = main_rows(config, positions, mask)
+  x = model.embed(tokens)
+  kv = []
+
+  def run(x, layers, adapt_from):
+    for layer in layers:
+      old = None if cache is None else cache.layers[layer]
+      x, new = model.blocks[layer](x, rows, old, length, adapt_from)
+      kv.append(new)
+    return x
+
+  # In lossless mode adapters start at the stream rows: there are none yet.
+  lossless = config.streams.mode == "lossless"
+  main_from = tokens.shape[1] if lossless else 0
+  x = early = run(x, range(config.insertion_layer), main_from)
+  kept = None
+  if keep is not None:
+    with jax.named_scope("prune"):
+      nodes, kept = keep(early)
+      x, positions, mask = (at_rows(y, nodes) for y in (x, positions, mask))
+      mask = jnp.take_along_axis(mask, nodes[:, None], 2)
+      kept_kv = lambda x: jnp.take_along_axis(x, nodes[:, None, :, None], 2)
+      kv = [(kept_kv(k), kept_kv(v)) for k, v in kv]
+      rows = main_rows(config, positions, mask)
+  num_main = x.shape[1]
+  if streams is not None:
+    at = None if isinstance(streams, str) else streams
+    with jax.named_scope("insert_streams"):
+      carriers = x if at is None else at_rows(x, at)
+      start = model.streams(carriers, num_streams)
+      x = jnp.concatenate([x, start.reshape(x.shape[0], -1, x.shape[2])], 1)
+      rows = stream_rows(config, positions, mask, at, num_streams)
+  top = range(config.insertion_layer, config.num_layers)
+  x = model.final_norm(run(x, top, num_main if lossless else 0))
+  main, out = x[:, :num_main], None
+  if streams is not None:
+    out = x[:, num_main:].reshape(start.shape)
+  return Output(main=main, streams=out, kv=tuple(kv), early=early, kept=kept)
+
+
+def _check_streams(config: ModelConfig, streams, num_streams) -> int:
+  """Number of streams to attach, 0 without `streams`."""
+  trained = config.streams.num_streams
+  if streams is None:
+    return 0
+  num_streams = trained if num_streams is None else num_streams
+  if trained == 0 and num_streams == 0:
+    raise UserError("this model was trained without streams (num_streams=0)")
+  if num_streams > trained:
+    raise UserError(
+      f"{num_streams} streams asked for, but the model was trained with "
+      f"{trained}"
+    )
+  if config.streams.attends and num_streams != trained:
+    raise UserError(
+      "the main stream of this model attends to its streams: all "
+      f"{trained} must be attached"
+    )
+  return num_streams
+
+
+def causal_mask(segment_ids: jax.Array) -> jax.Array:
+  """[B, T, T] causal within segments; 0 is padding, which sees and is seen by
+  nothing. segment_ids: [B, T] int32."""
+  same = segment_ids[:, :, None] == segment_ids[:, None, :]
+  order = jnp.arange(segment_ids.shape[1])
+  return same & (segment_ids[:, None] > 0) & (order[:, None] >= order)
+
+
+def merge_lora(model: Transformer) -> Transformer:
+  """A copy with the adapters folded in; lossless adapters cannot be."""
+  config = model.config
+  if config.streams.mode == "lossless" and config.streams.lora_rank:
+    return model
+  model = nnx.clone(model)
+  for block in model.blocks:
+    for linear in (
+      block.attention.qkv,
+      block.attention.out,
+      block.ffw.gate_up,
+      block.ffw.down,
+    ):
+      linear.merge()
+  return model
+
+
+def num_params(model: nnx.Module, *kinds) -> int:
+  """Number of weights, of the given parameter types or all."""
+  return sum(x.size for x in jax.tree.leaves(nnx.state(model, *kinds)))

@@ -1,0 +1,209 @@
+"""Prompts that a user gives, and their answers.
+
+A request is text or token ids. Text needs the tokenizer of the run; token ids
+do not, and then answers have no text.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+
+from spec_stream import checkpoints, weights
+from spec_stream.decode import Decoder, collect, stream
+from spec_stream.detokenize import Detokenizer
+from spec_stream.drafters.base import Drafter
+from spec_stream.errors import UserError
+from spec_stream.models.config import ModelConfig, from_dict
+from spec_stream.models.transformer import Transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """Either text or token_ids; `name` says where it came from."""
+
+  name: str
+  text: str | None
+  token_ids: tuple[int, ...] | None
+  seed: int
+
+  def words(self) -> str:
+    """The prompt for a person."""
+    return self.text or " ".join(map(str, self.token_ids))
+
+  def encode(self, tokenizer, config: ModelConfig, room: int) -> list[int]:
+    """Token ids of the prompt; a UserError if the model cannot take them.
+
+    room: tokens that must fit behind it.
+    """
+    ids = self.token_ids
+    if ids is None:
+      ids = tokenizer.encode_prompt(self.text)
+    for token in ids:
+      if not 0 <= token < config.vocab_size:
+        raise UserError(
+          f"{self.name}: token {token} is outside the vocabulary, which ends "
+          f"at {config.vocab_size - 1}"
+        )
+    if len(ids) + room > config.max_positions:
+      raise UserError(
+        f"{self.name}: {len(ids)} tokens and {room} new ones do not fit the "
+        f"cache of {config.max_positions} (model.max_positions): shorten it or "
+        "lower max_new_tokens"
+      )
+    return list(ids)
+
+
+# -- reading -----------------------------------------------------------------
+
+
+def read(
+  prompt: str | None,
+  token_ids: str | None,
+  prompts_file: str | None,
+  seed: int,
+) -> list[Request]:
+  """Requests from exactly one of the three sources."""
+  given = {
+    "--prompt": prompt,
+    "--token_ids": token_ids,
+    "--prompts_file": prompts_file,
+  }
+  given = [name for name, value in given.items() if value is not None]
+  if len(given) != 1:
+    raise UserError(
+      "give one of --prompt, --token_ids and --prompts_file, not "
+      + (" and ".join(given) or "none of them")
+    )
+  if prompts_file is not None:
+    return _read_file(prompts_file, seed)
+  if prompt is not None:
+    if not prompt.strip():
+      raise UserError("--prompt is empty")
+    return [Request("--prompt", prompt, None, seed)]
+  try:
+    ids = tuple(int(word) for word in token_ids.replace(",", " ").split())
+  except ValueError as e:
+    raise UserError(
+      f"--token_ids='{token_ids:.60}' must be whole numbers such as '5 17 3'"
+    ) from e
+  if not ids:
+    raise UserError("--token_ids is empty: give numbers such as '5 17 3'")
+  return [Request("--token_ids", None, ids, seed)]
+
+
+def _read_file(path: str, seed: int) -> list[Request]:
+  try:
+    lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")
+  except (FileNotFoundError, IsADirectoryError) as e:
+    raise UserError(f"--prompts_file={path}: no such file") from e
+  except UnicodeDecodeError as e:
+    raise UserError(f"--prompts_file={path}: not UTF-8 ({e.reason})") from e
+  requests = [
+    _parse(line, f"{path}, line {number}", seed)
+    for number, line in enumerate(lines, 1)
+    if line.strip()
+  ]
+  if not requests:
+    raise UserError(f"--prompts_file={path} holds no prompt")
+  return requests
+
+
+def _parse(line: str, where: str, seed: int) -> Request:
+  is_int = lambda x: isinstance(x, int) and not isinstance(x, bool)
+  try:
+    record = json.loads(line)
+  except ValueError as e:
+    raise UserError(f"{where}: not JSON ({e})") from e
+  if not isinstance(record, dict):
+    raise UserError(f"{where}: not a JSON object: {line:.40}")
+  text, ids = record.get("prompt"), record.get("token_ids")
+  if (text is None) == (ids is None):
+    raise UserError(f'{where}: needs either "prompt" or "token_ids"')
+  if text is not None and not (isinstance(text, str) and text.strip()):
+    raise UserError(f'{where}: "prompt" must be text: {text!r:.40}')
+  if ids is not None:
+    if not (isinstance(ids, list) and ids and all(map(is_int, ids))):
+      raise UserError(f'{where}: "token_ids" must be a list of whole numbers')
+    ids = tuple(ids)
+  seed = record.get("seed", seed)
+  if not is_int(seed) or not 0 <= seed < 2**32:
+    raise UserError(f'{where}: "seed" must be a whole number in [0, 2**32)')
+  return Request(where, text, ids, seed)
+
+
+def load(workdir, requests: Sequence[Request]) -> tuple[Transformer, object]:
+  """-> (model, tokenizer); no tokenizer (None) if the run has none and no
+  request is text."""
+  ids_only = all(r.token_ids is not None for r in requests)
+  if ids_only and not (pathlib.Path(workdir) / "tokenizer.json").exists():
+    config = from_dict(checkpoints.read_config(workdir)["model"])
+    values, _ = checkpoints.load_weights(workdir, config)
+    return weights.to_model(config, values), None
+  run = checkpoints.load_run(workdir)
+  return run.model, run.tokenizer
+
+
+# -- answering ---------------------------------------------------------------
+
+
+def answers(
+  model: Transformer,
+  tokenizer,
+  requests: Sequence[Request],
+  drafter: Drafter,
+  batch: int,
+  max_new_tokens: int,
+  **settings,
+) -> Iterator[dict]:
+  """Decodes `batch` requests at once; yields their answers in order.
+
+  settings: of `decode.generate`, but for `seed`, which is each request's own.
+  """
+  if batch < 1:
+    raise UserError(f"batch={batch} must be 1 or more")
+  # All of them first: a bad one stops the work before it begins.
+  room, config = max_new_tokens, model.config
+  prompts = [r.encode(tokenizer, config, room) for r in requests]
+  decoder = Decoder(model, drafter)
+  for start in range(0, len(prompts), batch):
+    at = slice(start, start + batch)
+    seeds = [r.seed for r in requests[at]]
+    state = decoder.start(
+      prompts[at], seed=seeds, max_new_tokens=room, **settings
+    )
+    for generation in collect(decoder.finish(state)):
+      ids = generation.token_ids
+      yield {
+        "text": None if tokenizer is None else tokenizer.decode(ids),
+        "token_ids": ids,
+        "target_calls": generation.target_calls,
+        "tokens_per_call": round(generation.tokens_per_call, 4),
+      }
+
+
+def pieces(
+  model: Transformer,
+  tokenizer,
+  request: Request,
+  drafter: Drafter,
+  max_new_tokens: int,
+  **settings,
+) -> Iterator[tuple[str, int]]:
+  """Yields (text, number of tokens) for each call of the model as it comes.
+
+  The text is what the tokens complete; a last piece with no tokens may hold
+  what was never completed. Without a tokenizer the text is the token ids.
+  """
+  settings |= {"max_new_tokens": max_new_tokens, "seed": request.seed}
+  ids = request.encode(tokenizer, model.config, max_new_tokens)
+  detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
+  steps = stream(model, ids, drafter, **settings)
+  for i, step in enumerate(steps):
+    if detokenizer is None:
+      words = " ".join(map(str, step.token_ids))
+      yield (" " if i else "") + words, len(step.token_ids)
+    else:
+      yield detokenizer.push(step.token_ids), len(step.token_ids)
+  if detokenizer is not None and (rest := detokenizer.flush()):
+    yield rest, 0

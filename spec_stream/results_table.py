@@ -1,0 +1,324 @@
+"""The rows of results.jsonl as a table, and as points of a chart.
+
+A column stands in the table where rows differ in it; what all rows share is
+said once above it. Columns that no row has are left out.
+"""
+
+import itertools
+
+from spec_stream.charts import (
+  NUM_COLOURS,
+  Series,
+  count,
+  escape,
+  percent,
+  ratio,
+  significant,
+)
+from spec_stream.errors import UserError
+
+# Setting -> its name on the page. Above the table, or a column if rows differ.
+SETTINGS = {
+  "dataset": "data",
+  "mode": "mode",
+  "num_streams": "streams",
+  "num_stream_layers": "stream layers",
+  "accept": "acceptance",
+  "temperature": "temperature",
+  "top_k": "top k",
+  "top_p": "top p",
+  "batch": "batch",
+  "prompts": "prompts",
+  "repeats": "repeats",
+  "max_new_tokens": "most new tokens",
+  "tree_width": "tree width",
+  "kept_nodes": "nodes kept by pruning",
+  "prune_threshold": "pruning threshold",
+  "baseline": "timed against",
+  "dtype": "dtype",
+  "device": "device",
+  "jax": "jax",
+  "commit": "commit",
+  "seed": "seed",
+  "date": "date",
+  "command": "command",
+}
+_OFF = {"top_k": 0, "top_p": 1, "kept_nodes": 0, "prune_threshold": 0}
+_NUMBERS = (
+  "tree_nodes tokens target_calls tokens_per_call ms_per_token "
+  "ms_to_first_token tokens_per_second speedup speedup_low speedup_high "
+  "speedup_request identical extra_params compile_seconds recompiles step_ms "
+  "step_cost max_tie_margin noise_low noise_high"
+).split()
+_LISTS = ("tokens_per_call_by_position", "accept_by_depth")
+
+
+def check(rows, path):
+  """Refuses rows whose fields are of the wrong kind."""
+
+  def is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+  for number, row in enumerate(rows, 1):
+    where = f"{path}, record {number}"
+    if not (isinstance(row.get("method"), str) and row["method"].strip()):
+      raise UserError(f"{where}: there is no 'method'")
+    for name in _NUMBERS:
+      if row.get(name) is not None and not is_number(row[name]):
+        raise UserError(f"{where}: {name!r} is no number: {row[name]!r:.40}")
+    for name in _LISTS:
+      values = row.get(name) or []
+      if not isinstance(values, list) or not all(
+        v is None or is_number(v) for v in values
+      ):
+        raise UserError(f"{where}: {name!r} is no list of numbers")
+
+
+def by_run(rows):
+  """-> [rows of one benchmark invocation], the newest last.
+
+  Rows of an invocation share a run_id; rows without one stay together.
+  """
+  runs = {}
+  for row in rows:
+    key = str(row.get("run_id"))
+    runs[key] = [*runs.pop(key, []), row]
+  return list(runs.values())
+
+
+def is_baseline(row):
+  return row["method"].split()[0] == "none"
+
+
+def short_names(rows):
+  """-> name of each row: the method, and tree or size where it has several."""
+  names = []
+  for row in rows:
+    same = [r for r in rows if r["method"] == row["method"]]
+    name = row["method"]
+    if len({r.get("tree") for r in same}) > 1:
+      name += f" {row.get('tree')}"
+      same = [r for r in same if r.get("tree") == row.get("tree")]
+    if len({r.get("tree_nodes") for r in same}) > 1:
+      name += f", {row.get('tree_nodes')} nodes"
+    names.append(name)
+  return names
+
+
+def by_row(rows, field, x_of, limit=7):
+  """-> (a Series for each drafter's row with the list `field`, a note).
+
+  x_of: index in the list -> x. Above `limit` rows, each method and tree shows
+  its fastest row alone, and the note says so.
+  """
+  rows = [r for r in rows if r.get(field) and not is_baseline(r)]
+  note = ""
+  if len(rows) > limit:
+    note = "each method and tree at its fastest number of nodes"
+    fastest = {}
+    for row in sorted(rows, key=lambda r: r.get("speedup") or 0):
+      fastest[row["method"], row.get("tree")] = row
+    rows = [r for r in rows if any(r is f for f in fastest.values())]
+  return [
+    Series(name, [x_of(i) for i in range(len(row[field]))], row[field], *style)
+    for row, name, style in zip(rows, short_names(rows), _styles())
+  ], note
+
+
+def by_nodes(rows, field):
+  """-> a Series for each method and tree, `field` against tree_nodes.
+
+  Plain decoding is the point at one node.
+  """
+  lines = {}
+  for row in rows:
+    if row.get(field) is None or not row.get("tree_nodes"):
+      continue
+    key = (row["method"], row.get("tree"))
+    lines.setdefault(key, []).append((row["tree_nodes"], row[field]))
+  drafted = {k: v for k, v in lines.items() if k[0].split()[0] != "none"}
+  several = [method for method, _ in drafted]
+  series = [
+    Series("none", [1], [points[0][1]], 0)
+    for (method, _), points in lines.items()
+    if method == "none"
+  ]
+  for ((method, tree), points), style in zip(drafted.items(), _styles()):
+    name = f"{method} {tree}" if several.count(method) > 1 else method
+    xs, ys = zip(*sorted(points))
+    series.append(Series(name, [*xs], [*ys], *style))
+  return series
+
+
+def _styles():
+  """Yields (colour, dashed): all colours but grey, then again with dashes."""
+  for dashed in itertools.cycle((False, True)):
+    for colour in range(1, NUM_COLOURS):
+      yield colour, dashed
+
+
+# -- the table ---------------------------------------------------------------
+
+
+def _speedup(row):
+  text = ratio(row["speedup"])
+  low, high = row.get("speedup_low"), row.get("speedup_high")
+  if low is None or high is None:
+    return text
+  return f"{text} <small>{low:.2f}–{high:.2f}</small>"
+
+
+def _field(name, show):
+  """A cell of one field; None where the row does not have it."""
+  return lambda row: None if row.get(name) is None else show(row[name])
+
+
+COLUMNS = {
+  "tree": _field("tree", escape),
+  "nodes": _field("tree_nodes", count),
+  "tokens per call": _field("tokens_per_call", "{:.2f}".format),
+  "step cost": _field("step_cost", ratio),
+  "speed-up, decoding": lambda row: (
+    None if row.get("speedup") is None else _speedup(row)
+  ),
+  "speed-up, request": _field("speedup_request", ratio),
+  "identical": _field("identical", percent),
+  "margin where not": _field("max_tie_margin", "{:.1e}".format),
+  "ms per token": _field("ms_per_token", significant),
+  "ms to first": _field("ms_to_first_token", significant),
+  "tokens/s": _field("tokens_per_second", significant),
+  "tokens": _field("tokens", count),
+  "extra weights": _field("extra_params", count),
+  "compile, s": _field("compile_seconds", significant),
+  "recompiles": _field("recompiles", count),
+}
+_LEFT = ("tree",)
+_OFTEN_SHARED = ("tokens", "extra weights", "compile, s", "recompiles")
+
+
+def _setting(value):
+  return f"{value:g}" if isinstance(value, float) else escape(value)
+
+
+def _shared(rows):
+  """-> (settings that all rows share, names of those in which they differ)."""
+  shared, differ = {}, []
+  for name in SETTINGS:
+    values = {_setting(row[name]) for row in rows if row.get(name) is not None}
+    if len(values) == 1:
+      if values != {_setting(_OFF.get(name, ""))}:  # "top k 0" says nothing
+        shared[name] = values.pop()
+    elif values:
+      differ.append(name)
+  return shared, differ
+
+
+def table(rows, said=()):
+  """-> HTML of the table of one benchmark, with what its rows share above.
+
+  said: settings that the page has named already.
+  """
+  shared, differ = _shared(rows)
+  facts = {SETTINGS[k]: v for k, v in shared.items() if k not in said}
+  columns = {}
+  for name, cell in COLUMNS.items():
+    texts = [cell(row) for row in rows]
+    if name in _OFTEN_SHARED and len(set(texts)) == 1 and texts[0]:
+      facts[name] = texts[0]
+    elif any(text is not None for text in texts):
+      columns[name] = cell
+  columns |= {SETTINGS[name]: _field(name, _setting) for name in differ}
+  facts = "".join(
+    f"<div><dt>{escape(name)}</dt><dd>{value}</dd></div>"
+    for name, value in facts.items()
+  )
+  head = "".join(
+    f"<th{_side(name)}>{escape(name)}</th>" for name in ("method", *columns)
+  )
+  best = headline(rows)
+  body = ""
+  for row in rows:
+    cells = [f"<td>{escape(row['method'])}{_caveat(row)}</td>"]
+    for name, cell in columns.items():
+      text = cell(row)
+      cells.append(f"<td{_side(name)}>{'–' if text is None else text}</td>")
+    mark = ' class="best"' if row is best else ""
+    body += f"<tr{mark}>{''.join(cells)}</tr>"
+  return (
+    f'<dl class="facts">{facts}</dl><div class="scroll"><table>'
+    f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+  )
+
+
+def _side(name):
+  return ' class="left"' if name in _LEFT else ""
+
+
+def _caveat(row):
+  lossy = row.get("accept") == "typical"
+  return " <small>(not lossless)</small>" if lossy else ""
+
+
+def notes(rows):
+  """What a reader must know to read the numbers of these rows."""
+  bugs = [
+    f'<p class="bug">{escape(r["method"])}: {escape(r["mismatch"])}</p>'
+    for r in rows
+    if r.get("mismatch")
+  ]
+  said = [
+    "Speed-up is a ratio of total times over the same prompts, against the "
+    "faster plain decoding of the same weights, with its bootstrap interval; "
+    "“decoding” leaves the prompt out, “request” counts it. Step cost is one "
+    "verify step in plain steps."
+  ]
+  noise = [r for r in rows if r.get("noise_low") is not None]
+  if noise and noise[0].get("noise_high") is not None:
+    low, high = noise[0]["noise_low"], noise[0]["noise_high"]
+    said.append(
+      f"Noise: plain decoding timed against itself gave {low:.2f}–{high:.2f}; "
+      "a speed-up within that range says nothing."
+    )
+  if any(r["identical"] < 1 for r in rows if r.get("identical") is not None):
+    said.append(
+      "Identical is the share of prompts whose tokens equal the baseline's. "
+      "The margin is the largest difference between the two tokens' scores "
+      "where a prompt first differs: in float32 it is a tie below 1e-4, or a "
+      "bug."
+    )
+  return "".join(bugs + [f'<p class="note">{note}</p>' for note in said])
+
+
+# -- the headline ------------------------------------------------------------
+
+
+def headline(rows):
+  """The fastest row of streams, else of any drafter; None without one."""
+  drafted = [r for r in rows if not is_baseline(r) and r.get("speedup")]
+  own = [r for r in drafted if r["method"].split()[0] == "streams"]
+  return max(own or drafted, key=lambda r: r["speedup"], default=None)
+
+
+def tiles(rows):
+  """-> HTML of three large numbers of the headline row."""
+  row = headline(rows)
+  if row is None:
+    return ""
+  nodes = row.get("tree_nodes")
+  what = row["method"] + (f", {count(nodes)} nodes" if nodes else "")
+  low, high = row.get("speedup_low"), row.get("speedup_high")
+  interval = "" if None in (low, high) else f", {low:.2f}–{high:.2f}"
+  tile = '<div class="tile"><b>{}</b><span>{}</span></div>'.format
+  words = f"decoding speed-up{interval} ({escape(what)})"
+  parts = [tile(ratio(row["speedup"]), words)]
+  if row.get("tokens_per_call") is not None:
+    parts.append(
+      tile(f"{row['tokens_per_call']:.2f}", "tokens per call of the model")
+    )
+  if row.get("identical") is not None:
+    prompts = row.get("prompts")
+    of = f" of {count(prompts)} prompts" if prompts else " of the prompts"
+    parts.append(
+      tile(percent(row["identical"]), f"{of} with the tokens of plain decoding")
+    )
+  return f'<div class="tiles">{"".join(parts)}</div>'

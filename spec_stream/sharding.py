@@ -1,0 +1,127 @@
+"""The mesh, and where each weight lies on it.
+
+Axes: `data`, rows of the batch; `fsdp`, rows of the batch, and every weight is
+split over it at rest; `tensor`, heads, hidden units and vocabulary. All of one
+size is one device. XLA inserts the communication (`jax.jit` with shardings).
+"""
+
+import re
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from spec_stream.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+# Each weight's path matches exactly one rule. Shapes: see `models`; K, the
+# key/value heads, F and V are split over `tensor`, the width D over `fsdp`.
+RULES = (
+  (r"embed/table", P("tensor", "fsdp")),
+  (r"head/kernel", P("fsdp", "tensor")),
+  (r"(blocks/\d+/)?\w+_norm/scale", P()),
+  (r"blocks/\d+/attention/qkv/kernel", P("fsdp", "tensor", None, None)),
+  (r"blocks/\d+/attention/qkv/lora_a", P("fsdp", None)),
+  (r"blocks/\d+/attention/qkv/lora_b", P(None, "tensor", None, None)),
+  (r"blocks/\d+/attention/out/kernel", P("tensor", None, None, "fsdp")),
+  (r"blocks/\d+/attention/out/lora_a", P("tensor", None, None, None)),
+  (r"blocks/\d+/ffw/gate_up/kernel", P("fsdp", None, "tensor")),
+  (r"blocks/\d+/ffw/gate_up/lora_a", P("fsdp", None)),
+  (r"blocks/\d+/ffw/gate_up/lora_b", P(None, None, "tensor")),
+  (r"blocks/\d+/ffw/down/kernel", P("tensor", "fsdp")),
+  (r"blocks/\d+/ffw/down/lora_a", P("tensor", None)),
+  (r"blocks/\d+/(attention/out|ffw/down)/lora_b", P(None, "fsdp")),
+  (r"streams/(embed|map_a|map_b)", P()),
+  (r"pruner/[ab]", P()),
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+  """The mesh of all devices; one axis may be -1, "what is left".
+
+  Raises: UserError if the sizes do not multiply to the number of devices.
+  """
+  sizes = dict(zip(AXES, (data, fsdp, tensor)))
+  devices = jax.device_count()
+  asked = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
+  if list(sizes.values()).count(-1) > 1 or any(
+    size < 1 and size != -1 for size in sizes.values()
+  ):
+    raise UserError(f"{asked}: use sizes of 1 or more, and -1 at most once")
+  rest = devices // max(-int(np.prod(list(sizes.values()))), 1)
+  filled = tuple(rest if size == -1 else size for size in sizes.values())
+  if np.prod(filled) != devices:
+    raise UserError(
+      f"{asked} does not fit {devices} device(s): the sizes must multiply to "
+      f"{devices}"
+    )
+  # Auto: XLA places what is between. The default, Explicit, asks the model to.
+  return jax.make_mesh(filled, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def spec(path: str) -> P:
+  """The rule of one weight."""
+  found = [rule for pattern, rule in RULES if re.fullmatch(pattern, path)]
+  if len(found) != 1:
+    raise ValueError(f"{len(found)} sharding rules match {path}, not one")
+  return found[0]
+
+
+def weight_shardings(mesh: Mesh, shapes: dict) -> dict[str, NamedSharding]:
+  """Sharding of each weight, given {path: array or ShapeDtypeStruct}.
+
+  Raises: UserError if an axis does not divide the dimension it splits.
+  """
+  shardings = {}
+  for path, leaf in shapes.items():
+    rule = spec(path)
+    for dimension, axis in zip(leaf.shape, rule):
+      if axis is not None and dimension % mesh.shape[axis]:
+        raise UserError(_uneven(path, axis, dimension, mesh.shape[axis]))
+    shardings[path] = NamedSharding(mesh, rule)
+  return shardings
+
+
+def _uneven(path: str, axis: str, dimension: int, size: int) -> str:
+  name = f"a dimension of {dimension} of {path}"
+  if axis == "fsdp":
+    name = f"model.width={dimension}"
+  elif path.startswith("blocks/") and "/attention/" in path:
+    name = f"model.num_kv_heads={dimension}"
+  elif path.startswith("blocks/"):
+    name = f"model.ffw_dim={dimension}"
+  elif path in ("embed/table", "head/kernel"):
+    name = f"the vocabulary of {dimension} tokens"
+  return f"mesh.{axis}={size} must divide {name}, which it splits"
+
+
+def tree_shardings(mesh: Mesh, tree, by_path: dict[str, NamedSharding]):
+  """Shardings of a tree that mirrors the weights, as an optimizer's state.
+
+  A leaf below a key that is a weight's path lies as that weight does; any other
+  (a count) is on every device.
+  """
+
+  def place(keys, leaf):
+    names = [getattr(key, "key", None) for key in keys]
+    found = [by_path[name] for name in names if name in by_path]
+    return found[-1] if found else NamedSharding(mesh, P())
+
+  return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Rows of a batch over data and fsdp."""
+  return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def check_batch(mesh: Mesh, rows: int, accumulate: int = 1):
+  """Raises UserError unless each device gets as many rows, each microbatch."""
+  parts = mesh.shape["data"] * mesh.shape["fsdp"]
+  if rows % (parts * accumulate):
+    raise UserError(
+      f"data.batch_size={rows} must be a multiple of {parts * accumulate}: "
+      f"mesh.data * mesh.fsdp = {parts}, train.accumulate = {accumulate}"
+    )

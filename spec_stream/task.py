@@ -1,0 +1,61 @@
+"""The prompts of a run's own task, and what a result must say about itself."""
+
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+
+import numpy as np
+
+from spec_stream.checkpoints import Run
+from spec_stream.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+  text: str
+  token_ids: list[int]
+  references: list[str]
+
+
+def prompts(run: Run, split: str, count: int = 0) -> list[Prompt]:
+  """Prompts of a split, none twice; `count` of them at random, 0 for all.
+
+  The choice is the same in each run: seeded, and a prefix of that of a larger
+  count. (The first prompts would not do: data sets come sorted.)
+
+  Raises: UserError for an unknown split.
+  """
+  from spec_stream.data import pipeline
+
+  splits = ("train", "validation", "test")
+  if split not in splits:
+    raise UserError(f"unknown split '{split}': use one of {', '.join(splits)}")
+  try:
+    config = pipeline.DataConfig(**run.config["data"])
+  except (KeyError, TypeError) as e:
+    raise UserError(f"config.json of the run names no data set: {e}") from e
+  found = {}
+  for text, references in pipeline.prompts(config, split):
+    ids = tuple(run.tokenizer.encode_prompt(text))
+    found.setdefault(ids, Prompt(text, list(ids), references))
+  found = list(found.values())
+  if count < 0:
+    raise UserError(f"prompts={count} must be 0 (all) or more")
+  if 0 < count < len(found):
+    chosen = np.random.default_rng(0).permutation(len(found))[:count]
+    found = [found[i] for i in sorted(chosen)]
+  return found
+
+
+def now() -> str:
+  """The time of a result, UTC."""
+  return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def write_json(path: pathlib.Path, value: dict):
+  """Replaces the file at once, so that a reader never sees half of it."""
+  temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+  temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+  temporary.replace(path)

@@ -1,0 +1,67 @@
+"""One prompt, call by call, as a report draws it (trace.json)."""
+
+import math
+from collections.abc import Sequence
+
+from spec_stream.decode import stream
+from spec_stream.detokenize import token_text
+from spec_stream.drafters.base import Drafter
+from spec_stream.models.transformer import Transformer
+
+
+def record(
+  model: Transformer,
+  tokenizer,
+  prompt: str,
+  token_ids: Sequence[int],
+  drafter: Drafter,
+  tree: str,
+  **settings,
+) -> dict:
+  """Decodes one prompt and keeps each draft and what was accepted of it.
+
+  Args:
+    prompt, token_ids: the same prompt for a reader and for the model.
+    tree: the kind of the drafter's trees.
+    **settings: of `decode.generate`.
+  """
+  tokens, steps = [], []
+  text = lambda token: token_text(tokenizer, int(token))
+  for step in stream(model, token_ids, drafter, **settings):
+    tokens += step.token_ids
+    if step.tree is None:
+      continue  # prefill verifies no draft
+    # An accepted node whose token was cut (end token, limit) is not shown so.
+    accepted = set(step.path[: len(step.token_ids) + 1])
+    nodes = [
+      {
+        "text": text(token) if token >= 0 else "",
+        "parent": int(parent),
+        "depth": int(depth),
+        "log_prob": float(log_prob) if math.isfinite(log_prob) else None,
+        "accepted": i in accepted,
+      }
+      for i, (token, parent, depth, log_prob) in enumerate(
+        zip(
+          step.tree.tokens,
+          step.tree.parents,
+          step.tree.depth,
+          step.tree.log_prob,
+        )
+      )
+    ]
+    steps.append(
+      {
+        "root": nodes[0]["text"],
+        "nodes": nodes,
+        "emitted": [text(token) for token in step.token_ids],
+      }
+    )
+  return {
+    "prompt": prompt,
+    "text": tokenizer.decode(tokens),
+    "method": drafter.name,
+    "tree": tree,
+    "steps": steps,
+  }
+

@@ -1,0 +1,116 @@
+"""What is trained, for how long, and how; frozen and checked at once."""
+
+import dataclasses
+
+from spec_stream.errors import UserError
+from spec_stream.models.config import ModelConfig
+
+_CHOICES = {
+  "schedule": ("linear", "cosine", "constant"),
+  "objective": ("streams", "next_token"),
+  "trainable": ("all", "adapters"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """steps: optimizer steps; the schedule ends at 0 there (but "constant").
+
+  learning_rate: the peak, after `warmup_steps` of linear growth (AdamW).
+  weight_decay: of matrices; norms and embeddings are not decayed.
+  clip_norm: largest global norm of the gradient; 0 = no clipping.
+  accumulate: microbatches of one step, which divide data.batch_size.
+  main_weight: a_0 of eq. 5. In lossless mode a_0 is 0 whatever stands here.
+  stream_weight: a_j, one number for all or one for each of the J streams.
+  prune_weight: of the pruner's loss, which moves nothing but the pruner.
+  objective: "next_token" builds the model without streams: the baseline.
+  trainable: "adapters" trains LoRA, streams and pruner, and freezes the base.
+  init_from: workdir of an earlier run. Its base weights (LoRA of shared mode
+    folded in) and its tokenizer start this one; the rest starts fresh.
+  log_every, save_every: in steps. keep: checkpoints kept, the last ones.
+  remat_logits: compute logits twice rather than keep them: less memory.
+  seed: of the fresh weights; the order of the data follows data.seed.
+  """
+
+  steps: int = 1000
+  learning_rate: float = 5e-4
+  warmup_steps: int = 50
+  schedule: str = "linear"
+  weight_decay: float = 0.01
+  clip_norm: float = 1.0
+  accumulate: int = 1
+  main_weight: float = 1.0
+  stream_weight: float | tuple[float, ...] = (0.1,)
+  prune_weight: float = 1.0
+  objective: str = "streams"
+  trainable: str = "all"
+  init_from: str = ""
+  log_every: int = 10
+  save_every: int = 200
+  keep: int = 2
+  remat_logits: bool = False
+  seed: int = 0
+
+  def __post_init__(self):
+    for name, allowed in _CHOICES.items():
+      if getattr(self, name) not in allowed:
+        raise UserError(
+          f"train.{name} is '{getattr(self, name)}': use one of "
+          f"{', '.join(allowed)}"
+        )
+    for name in "steps accumulate log_every save_every keep".split():
+      if getattr(self, name) < 1:
+        raise UserError(f"train.{name} must be 1 or more")
+    for name in (
+      "learning_rate warmup_steps weight_decay clip_norm main_weight "
+      "prune_weight seed"
+    ).split():
+      if not getattr(self, name) >= 0:
+        raise UserError(f"train.{name} must not be negative")
+
+
+def stream_weights(
+  weight: float | tuple[float, ...], num_streams: int
+) -> tuple[float, ...]:
+  """a_1..a_J from J numbers, or from one that serves all.
+
+  Raises: UserError if there are neither J nor one.
+  """
+  weight = weight if isinstance(weight, (tuple, list)) else (weight,)
+  if len(weight) not in (1, num_streams):
+    raise UserError(
+      f"train.stream_weight has {len(weight)} numbers for {num_streams} "
+      "streams: give one number, or one per stream"
+    )
+  weight = tuple(weight) * (num_streams if len(weight) == 1 else 1)
+  return tuple(map(float, weight))
+
+
+def resolve(model: ModelConfig, train: TrainConfig) -> ModelConfig:
+  """The model that is trained, after checks of the two configs together.
+
+  Raises: UserError if they contradict each other.
+  """
+  if train.objective == "next_token":
+    streams = dataclasses.replace(model.streams, num_streams=0)
+    model = dataclasses.replace(model, streams=streams)
+  streams = model.streams
+  stream_weights(train.stream_weight, streams.num_streams)
+  if streams.mode == "lossless" and train.trainable != "adapters":
+    if streams.num_streams:
+      raise UserError(
+        "model.streams.mode=lossless leaves the base model as it is: set "
+        "train.trainable=adapters and train.init_from=WORKDIR of a base run"
+      )
+  if train.trainable == "adapters":
+    if not (streams.num_streams or streams.lora_rank):
+      raise UserError(
+        "train.trainable=adapters has nothing to train: set "
+        "model.streams.lora_rank or num_streams above 0"
+      )
+    if streams.mode == "lossless" and not streams.num_streams:
+      raise UserError(
+        "lossless adapters act on streams alone: train.objective=next_token "
+        "would train nothing; use model.streams.mode=shared"
+      )
+  return model

@@ -1,0 +1,287 @@
+"""The training run: start or resume, step, log, save, stop without loss."""
+
+import collections
+import contextlib
+import dataclasses
+import itertools
+import math
+import pathlib
+import signal
+import time
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from spec_stream import checkpoints, sharding, weights
+from spec_stream.checkpoints import Saver
+from spec_stream.data.pipeline import DataConfig, train_iterator
+from spec_stream.errors import UserError
+from spec_stream.metrics import MetricWriter
+from spec_stream.models import config as model_config
+from spec_stream.models import transformer
+from spec_stream.models.config import ModelConfig
+from spec_stream.train import config as train_config
+from spec_stream.train import state as states
+from spec_stream.train.config import TrainConfig
+from spec_stream.train.step import make_step
+
+# A run goes on under other values of these; any other change is another run.
+_MAY_CHANGE = {
+  "train": {"steps", "log_every", "save_every", "keep"},
+  "data": {"data_dir", "manual_dir"},
+}
+_IN_FLIGHT = 2  # steps the host runs ahead of the device
+
+
+def fit(
+  workdir: str,
+  model: ModelConfig,
+  data: DataConfig,
+  train: TrainConfig,
+  tokenizer,
+  mesh: Mesh,
+) -> bool:
+  """Trains until train.steps, from the last checkpoint of workdir if any.
+
+  Returns False if Ctrl-C (or SIGTERM) stopped it, after a checkpoint.
+
+  Raises:
+    UserError: settings contradict each other or those of the run in workdir, a
+      checkpoint cannot be read, or the loss is no longer finite.
+  """
+  model = train_config.resolve(model, train)
+  sharding.check_batch(mesh, data.batch_size, train.accumulate)
+  settings = describe(model, data, train)
+  last = check_resume(workdir, settings)
+  if last >= train.steps:
+    print(f"{workdir} is already trained for {last} steps: nothing to do")
+    return True
+  state, shardings = states.init(model, train, mesh)
+  if train.init_from and not last:
+    state = states.with_base(state, load_base(train.init_from, model))
+  if not last:
+    checkpoints.write_config(workdir, settings)
+    tokenizer.save(str(pathlib.Path(workdir) / "tokenizer.json"))
+  source = train_iterator(
+    data,
+    tokenizer,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  with contextlib.ExitStack() as stack:
+    stack.callback(getattr(source, "close", lambda: None))
+    saver = stack.enter_context(Saver(workdir, train.keep))
+    if last:
+      state = _restore(saver, last, state, source)
+      print(f"resuming {workdir} from its checkpoint of step {last}")
+    _announce(model, state, mesh)
+    first = next(source)
+    step = make_step(model, train, mesh, shardings)
+    step = _compile(step, state, _to_devices(first, mesh))
+    writer = stack.enter_context(
+      MetricWriter(
+        workdir,
+        train.steps,
+        start_step=last,
+        active=jax.process_index() == 0,
+      )
+    )
+    stop = stack.enter_context(_signals())
+    batches = itertools.chain([first], source)
+    save = lambda step, state: saver.save(
+      step, state.weights, state.opt_state, source
+    )
+    at = _loop(train, mesh, step, state, batches, save, writer, stop)
+    saver.wait()
+  if stop:
+    print(f"stopped: step {at} is saved, and the same command goes on from it")
+    return False
+  print(f"trained {at} steps: {workdir}")
+  return True
+
+
+def _loop(train, mesh, step, state, batches, save, writer, stop) -> int:
+  """Steps until train.steps or `stop`; -> the last one, which is saved."""
+  flying = collections.deque()  # metrics of dispatched steps
+  at, tokens, since = int(state.step), 0, time.monotonic()
+  saved = at
+
+  def save_here():
+    nonlocal saved
+    _drain(flying, 0)  # a step that went wrong must not be saved
+    if at > saved:
+      save(at, state)
+    saved = at
+
+  while at < train.steps and not stop:
+    batch = next(batches)
+    tokens += int(np.count_nonzero(batch["segment_ids"]))
+    state, metrics = step(state, _to_devices(batch, mesh))
+    at += 1
+    flying.append((at, metrics))
+    _drain(flying, _IN_FLIGHT)
+    if at % train.log_every == 0 or at == train.steps:
+      _drain(flying, 0)
+      now = time.monotonic()
+      rate = tokens * jax.process_count() / (now - since)
+      values = {name: float(x) for name, x in metrics.items()}
+      writer.write(at, {**values, "tokens_per_second": rate})
+      tokens, since = 0, now
+    if at % train.save_every == 0:
+      save_here()
+  save_here()
+  return at
+
+
+def _drain(flying, limit: int):
+  """Waits until at most `limit` steps are in flight; their loss is finite."""
+  while len(flying) > limit:
+    at, metrics = flying.popleft()
+    loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+    if not math.isfinite(loss + norm):
+      raise UserError(
+        f"the loss is no longer finite at step {at} (loss {loss}, gradient "
+        f"norm {norm}); the last checkpoint is kept: lower "
+        "train.learning_rate or train.clip_norm, in a new --workdir"
+      )
+
+
+def _compile(step, state, batch):
+  start = time.monotonic()
+  compiled = step.lower(state, batch).compile()
+  print(f"compiled in {time.monotonic() - start:.1f} s", flush=True)
+  return compiled
+
+
+def _to_devices(batch, mesh: Mesh):
+  place = sharding.batch_sharding(mesh)
+  return {
+    name: jax.make_array_from_process_local_data(place, x)
+    for name, x in batch.items()
+  }
+
+
+def _announce(model: ModelConfig, state, mesh: Mesh):
+  size = lambda tree: sum(x.size for x in tree.values())
+  trained, frozen = size(state.trained), size(state.frozen)
+  shape = " x ".join(f"{name} {n}" for name, n in mesh.shape.items())
+  print(
+    f"{trained + frozen:,} weights, {trained:,} trained; "
+    f"{jax.device_count()} {jax.devices()[0].platform} device(s): {shape}"
+  )
+
+
+@contextlib.contextmanager
+def _signals():
+  """A list that a first SIGINT or SIGTERM fills; a second one acts at once."""
+  caught = []
+
+  def note(number, frame):
+    caught.append(number)
+    signal.signal(number, before[number])
+
+  numbers = (signal.SIGINT, signal.SIGTERM)
+  before = {n: signal.signal(n, note) for n in numbers}
+  try:
+    yield caught
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+
+
+# -- start and resume --------------------------------------------------------
+
+
+def describe(model: ModelConfig, data: DataConfig, train: TrainConfig) -> dict:
+  """What config.json holds."""
+  return {
+    "model": model_config.to_dict(model),
+    "data": dataclasses.asdict(data),
+    "train": dataclasses.asdict(train),
+    "commit": checkpoints.git_commit(),
+  }
+
+
+def check_resume(workdir: str, settings: dict) -> int:
+  """Step of the last checkpoint, 0 for a new run.
+
+  Raises: UserError naming the first setting that differs from the run's.
+  """
+  if not (pathlib.Path(workdir) / "config.json").exists():
+    return 0
+  saved, last = checkpoints.read_config(workdir), checkpoints.steps(workdir)
+  if not last:
+    return 0  # nothing was trained yet: the new settings replace the old
+  for group in ("model", "data", "train"):
+    old, new = _flat(saved.get(group, {})), _flat(settings[group])
+    for key in sorted(old.keys() | new.keys()):
+      if key in _MAY_CHANGE.get(group, ()) or old.get(key) == new.get(key):
+        continue
+      raise UserError(
+        f"{workdir} was trained with {group}.{key}={old.get(key)}, now it is "
+        f"{new.get(key)}: use the same, or another --workdir"
+      )
+  return last[-1]
+
+
+def _flat(values: dict, prefix: str = "") -> dict:
+  flat = {}
+  for key, value in values.items():
+    if isinstance(value, dict):
+      flat |= _flat(value, f"{prefix}{key}.")
+    else:  # as json gives it back
+      flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+  return flat
+
+
+def _restore(saver: Saver, step: int, state, source):
+  values, opt_state = saver.restore(
+    step, state.weights, state.opt_state, source
+  )
+  return state.replace(
+    step=jax.device_put(np.int32(step), state.step.sharding),
+    trained={path: values[path] for path in state.trained},
+    frozen={path: values[path] for path in state.frozen},
+    opt_state=opt_state,
+  )
+
+
+def load_base(workdir: str, model: ModelConfig) -> weights.Weights:
+  """Base weights of an earlier run, LoRA of shared mode folded in.
+
+  Raises: UserError if that run's base model is not this one's.
+  """
+  run = checkpoints.load_run(workdir)
+  theirs = run.model.config
+  for field in dataclasses.fields(ModelConfig):
+    old, new = getattr(theirs, field.name), getattr(model, field.name)
+    if field.name not in ("streams", "dtype", "param_dtype") and old != new:
+      raise UserError(
+        f"train.init_from={workdir} has model.{field.name}={old}, here it is "
+        f"{new}: the base models must be the same"
+      )
+  base = weights.to_weights(transformer.merge_lora(run.model))
+  adapters = weights.paths(model, *weights.ADAPTERS)
+  own = weights.shapes(model)
+  return {
+    path: x.astype(own[path].dtype)
+    for path, x in base.items()
+    if path in own and path not in adapters
+  }
+
+
+def prepare_tokenizer(workdir: str, data: DataConfig, train: TrainConfig):
+  """The run's tokenizer: that in workdir, that of init_from, or a new one.
+
+  A new one is trained on the training split.
+  """
+  from spec_stream.data.pipeline import examples
+  from spec_stream.data.tokenizer import Tokenizer
+
+  for run in (workdir if checkpoints.steps(workdir) else "", train.init_from):
+    if run:
+      config = checkpoints.read_config(run)
+      return checkpoints.read_tokenizer(run, config["model"]["vocab_size"])
+  pairs = examples(data, "train")
+  return Tokenizer.train((text for pair in pairs for text in pair), data.vocab_size)

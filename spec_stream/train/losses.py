@@ -1,0 +1,157 @@
+"""The training loss (paper eq. 5), on completion tokens only.
+
+    L = a_0 mean CE(main at i -> token i+1)
+      + sum_j a_j mean CE(stream j at i -> token i+1+j)
+      + CE(early exit at i -> token i+1), which moves the pruner alone
+
+A target counts if its token belongs to the completion (`loss_mask`) of the
+segment of i. Each mean is over all targets of its kind in the global batch.
+The positions i before a completion token are those that carry streams, so the
+LM head runs on these U rows alone.
+
+Letters: B batch row, T positions, U positions with streams, J streams, D width,
+V vocabulary, R rows.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from spec_stream.models.attention import at_rows
+from spec_stream.models.prune import PruneParam
+from spec_stream.models.transformer import Transformer, causal_mask, forward
+from spec_stream.train.config import stream_weights
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+  """Weights of the terms: a_0, a_j (one number or J of them), the pruner's.
+
+  remat_logits: compute logits again in the backward pass rather than keep them.
+  """
+
+  main_weight: float = 1.0
+  stream_weight: float | tuple[float, ...] = 0.1
+  prune_weight: float = 1.0
+  remat_logits: bool = False
+
+
+def targets(batch: Batch, at: jax.Array, ahead: int):
+  """Labels and validity [B, R] of predicting `ahead` tokens on from `at`.
+
+  at: [B, R] indices into T; -1 predicts nothing.
+  """
+  size = batch["tokens"].shape[1]
+  label_at = jnp.minimum(at + ahead, size - 1)
+  take = lambda name, index: jnp.take_along_axis(batch[name], index, 1)
+  segment = take("segment_ids", jnp.maximum(at, 0))
+  valid = (at >= 0) & (at + ahead < size) & take("loss_mask", label_at)
+  valid &= (segment > 0) & (take("segment_ids", label_at) == segment)
+  return take("tokens", label_at), valid
+
+
+def _places(batch: Batch) -> jax.Array:
+  """[B, U] positions that predict a completion token; -1 for none."""
+  return jnp.where(batch["stream_mask"], batch["stream_at"], -1)
+
+
+def counts(batch: Batch, num_streams: int) -> jax.Array:
+  """[1 + J] number of targets of the main stream and of streams 1..J."""
+  at = _places(batch)
+  valid = [targets(batch, at, 1 + j)[1] for j in range(1 + num_streams)]
+  return jnp.stack([x.sum() for x in valid])
+
+
+def cross_entropy(model: Transformer, hidden, labels, valid, *, remat=False):
+  """Sums over valid rows of the cross-entropy and of right argmaxes.
+
+  hidden: [B, R, D] final-normed; labels, valid: [B, R].
+  """
+
+  def sums(model, hidden):
+    logits = model.logits(hidden)
+    right = jnp.take_along_axis(logits, labels[..., None], -1)[..., 0]
+    ce = jax.nn.logsumexp(logits, -1) - right
+    hit = _argmax(jax.lax.stop_gradient(logits)) == labels
+    return jnp.where(valid, ce, 0).sum(), (hit & valid).sum()
+
+  graph, state = nnx.split(model)
+  run = lambda state, hidden: sums(nnx.merge(graph, state), hidden)
+  return (jax.checkpoint(run) if remat else run)(state, hidden)
+
+
+def _argmax(x: jax.Array) -> jax.Array:
+  """jnp.argmax along the last axis, by two plain reductions: much faster on a
+  CPU, where a reduction over pairs is not vectorised."""
+  ids = jnp.arange(x.shape[-1], dtype=jnp.int32)
+  top = x == x.max(-1, keepdims=True)
+  return jnp.where(top, ids, x.shape[-1]).min(-1)
+
+
+def loss(
+  model: Transformer,
+  batch: Batch,
+  config: LossConfig,
+  count: jax.Array | None = None,
+) -> tuple[jax.Array, Metrics]:
+  """The loss and its parts.
+
+  Args:
+    model: with J streams, or none: then only the main term is left.
+    batch: tokens, segment_ids, positions [B, T] int32, loss_mask [B, T] bool,
+      stream_at [B, U] int32 indices into T, stream_mask [B, U] bool: every
+      position before a completion token (see `data.pipeline`).
+    config: the weights of the terms.
+    count: what the sums are divided by, see `counts`; None: of this batch. With
+      that of the whole batch, losses of its parts add up to that of the whole.
+
+  Returns:
+    the scalar, and loss, loss_main, accuracy_main, loss_stream_1..,
+    accept_1.. (share of targets that stream j's argmax hits), loss_prune.
+  """
+  num_streams = model.config.streams.num_streams
+  weights = stream_weights(config.stream_weight, num_streams)
+  count = counts(batch, num_streams) if count is None else count
+  count = jnp.maximum(count, 1).astype(jnp.float32)
+  at = _places(batch)
+  out = forward(
+    model,
+    batch["tokens"],
+    batch["positions"],
+    causal_mask(batch["segment_ids"]),
+    streams=at if num_streams else None,
+  )
+  head = dict(remat=config.remat_logits)
+  labels, valid = targets(batch, at, 1)
+  main = at_rows(out.main, at)
+  if not config.main_weight:  # then it needs no backward pass
+    main = jax.lax.stop_gradient(main)
+  ce, hits = cross_entropy(model, main, labels, valid, **head)
+  metrics = {"loss_main": ce / count[0], "accuracy_main": hits / count[0]}
+  total = config.main_weight * metrics["loss_main"]
+  if model.pruner is not None:
+    frozen = _pruner_alone(model)
+    early = jax.lax.stop_gradient(at_rows(out.early, at))
+    early = frozen.final_norm(frozen.pruner(early))
+    ce, _ = cross_entropy(frozen, early, labels, valid, **head)
+    metrics["loss_prune"] = ce / count[0]
+    total += config.prune_weight * metrics["loss_prune"]
+  for j in range(1, num_streams + 1):
+    labels, valid = targets(batch, at, 1 + j)
+    hidden = out.streams[:, :, j - 1]
+    ce, hits = cross_entropy(model, hidden, labels, valid, **head)
+    metrics[f"loss_stream_{j}"] = ce / count[j]
+    metrics[f"accept_{j}"] = hits / count[j]
+    total += weights[j - 1] * metrics[f"loss_stream_{j}"]
+  return total, {"loss": total, **metrics}
+
+
+def _pruner_alone(model: Transformer) -> Transformer:
+  """The model with every weight but the pruner's held constant."""
+  graph, pruner, rest = nnx.split(model, PruneParam, ...)
+  return nnx.merge(graph, pruner, jax.lax.stop_gradient(rest))

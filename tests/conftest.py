@@ -1,0 +1,52 @@
+"""Shared settings of the tests: the CPU, markers, and 64-bit arithmetic."""
+
+import os
+
+# Before anything imports jax. `JAX_PLATFORMS=cuda pytest -m gpu` still works.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis
+import jax
+import pytest
+
+# A jitted function compiles at its first example, so time says nothing about
+# an example; fixtures here hold no state that an example could change. The
+# examples are the same in each run: a failure in CI is one on a desk.
+hypothesis.settings.register_profile(
+  "spec_stream",
+  deadline=None,
+  derandomize=True,
+  suppress_health_check=[
+    hypothesis.HealthCheck.function_scoped_fixture,
+    hypothesis.HealthCheck.too_slow,
+  ],
+)
+hypothesis.settings.load_profile("spec_stream")
+
+
+def pytest_addoption(parser):
+  parser.addoption(
+    "--slow", action="store_true", help="also run the tests marked slow"
+  )
+
+
+def pytest_collection_modifyitems(config, items):
+  """Skips what needs minutes or a device, unless it was asked for."""
+  chosen = config.getoption("-m")
+  run_slow = config.getoption("--slow") or "slow" in chosen
+  for item in items:
+    if "slow" in item.keywords and not run_slow:
+      item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+    if "gpu" in item.keywords and jax.default_backend() != "gpu":
+      item.add_marker(
+        pytest.mark.skip(reason="no GPU: run with JAX_PLATFORMS=cuda -m gpu")
+      )
+
+
+@pytest.fixture
+def x64():
+  """64-bit arithmetic within one test, where no difference is allowed."""
+  before = jax.config.jax_enable_x64
+  jax.config.update("jax_enable_x64", True)
+  yield
+  jax.config.update("jax_enable_x64", before)
