@@ -21,7 +21,7 @@ def get_config():
   config.data.update(seq_len=256, stream_positions=128, batch_size=8)
   config.train.update(steps=700, learning_rate=2e-3, schedule="cosine")
   config.train.update(warmup_steps=60, log_every=10, save_every=100)
-  # From scratch the streams shape the trunk as well: more weight than the 0.1 of
-  # the paper, which adapts a pretrained model.
+  # From scratch the streams shape the trunk as well: more weight than the 0.1
+  # of the paper, which adapts a pretrained model.
   config.train.stream_weight = (0.3,)
   return config

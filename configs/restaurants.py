@@ -15,8 +15,8 @@ def get_config():
   )
   config.model.ffw_dim = 344
   config.model.streams.update(num_streams=3, num_stream_layers=2)
-  config.data.update(dataset="restaurants", vocab_size=512)
-  config.data.update(seq_len=128, batch_size=16)
+  config.data.update(dataset="restaurants", vocab_size=896)
+  config.data.update(seq_len=256, stream_positions=128, batch_size=8)
   config.train.update(steps=600, learning_rate=3e-3, schedule="cosine")
   config.train.update(warmup_steps=50, log_every=20, save_every=200)
   return config

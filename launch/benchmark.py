@@ -9,12 +9,14 @@ and writes <workdir>/trace.json: one prompt, call by call, with the largest
 tree. Exit code 1 if tokens depart from plain decoding by more than a tie.
 """
 
+import dataclasses
 import pathlib
 import sys
 
+from absl import flags
+
 import common
 import drafting
-from absl import flags
 
 _DRAFTERS = flags.DEFINE_list(
   "drafters", "none,streams", "Methods to measure: none, streams."
@@ -37,15 +39,87 @@ _sampling = drafting.define_sampling()
 
 
 def main(argv):
-  drafters = _make_drafters()
-  from spec_stream import bench, bench_rows, checkpoints, metrics, task
-  from spec_stream import text_table, trace
+  from spec_stream import (
+    bench,
+    bench_rows,
+    checkpoints,
+    metrics,
+    task,
+    text_table,
+  )
   from spec_stream.progress import Progress
 
-  workdir = pathlib.Path(drafting.WORKDIR.value)
+  drafters = _make_drafters()
   settings = bench.Settings(
     batch=_BATCH.value,
     repeats=_REPEATS.value,
     max_new_tokens=drafting.MAX_NEW_TOKENS.value,
     **_sampling(),
   )
+  workdir = pathlib.Path(drafting.WORKDIR.value)
+  run = checkpoints.load_run(workdir)
+  settings = dataclasses.replace(settings, end_token=run.tokenizer.eos_id)
+  methods = bench.plan(run.model.config, drafters)
+  chosen = task.prompts(run, _SPLIT.value, _PROMPTS.value)
+  prompts = [p.token_ids for p in chosen]
+  results = bench.measure(
+    run.model,
+    prompts,
+    methods,
+    settings,
+    on_warm_up=Progress("compile and warm up"),
+    on_batch=Progress("measure"),
+  )
+  about = {
+    **task.about(run),
+    "split": _SPLIT.value,
+    "command": " ".join(
+      [f"launch/{pathlib.Path(argv[0]).name}", *sys.argv[1:]]
+    ),
+  }
+  rows = bench_rows.rows(run.model, prompts, results, settings, about)
+  metrics.append_jsonl(workdir / "results.jsonl", rows)
+  print(text_table.render(rows))
+  print(bench_rows.note(rows))
+  _write_trace(workdir, run, chosen, results, settings)
+  wrong = bench_rows.bugs(rows)
+  for line in wrong:
+    print(f"BUG: {line}", file=sys.stderr)
+  return 1 if wrong else 0
+
+
+def _make_drafters():
+  """One drafter for each method and number of nodes; plain ones once."""
+  drafting.check_names(_DRAFTERS.value)
+  try:
+    nodes = [int(n) for n in _TREE_NODES.value]
+  except ValueError:
+    words = ",".join(_TREE_NODES.value)
+    raise common.UserError(
+      f"--tree_nodes={words}: must be whole numbers such as 4,8,16"
+    ) from None
+  nodes = list(dict.fromkeys(nodes)) or [0]
+  names = dict.fromkeys(name for name in _DRAFTERS.value if name != "none")
+  return [drafting.make(name, n) for name in names for n in nodes]
+
+
+def _write_trace(workdir, run, prompts, results, settings):
+  """A prompt of middling length with the largest tree, if anything drafted."""
+  from spec_stream import task, trace
+
+  drafted = [r for r in results if r.drafter.num_nodes > 1]
+  if not drafted:
+    return
+  result = max(drafted, key=lambda r: r.drafter.num_nodes)
+  length = lambda i: len(result.generations[i].token_ids)
+  which = sorted(range(len(prompts)), key=length)[len(prompts) // 2]
+  seed = int(settings.seeds(len(prompts))[which])
+  settings = dataclasses.replace(settings, seed=seed)
+  found = trace.record(
+    run.model, run.tokenizer, prompts[which], result.drafter, settings
+  )
+  task.write_json(workdir / "trace.json", found)
+
+
+if __name__ == "__main__":
+  common.run(main)

@@ -9,9 +9,10 @@ the best one counts. Prints the scores and two samples, and writes
 
 import pathlib
 
+from absl import flags
+
 import common
 import drafting
-from absl import flags
 
 _SPLIT = flags.DEFINE_string(
   "split", "test", "Split to score: test, validation or train."
@@ -38,7 +39,6 @@ def main(argv):
   drafter = drafting.make(_DRAFTER.value, _TREE_NODES.value)
   run = checkpoints.load_run(drafting.WORKDIR.value)
   chosen = task.prompts(run, _SPLIT.value, _PROMPTS.value)
-  progress = Progress(len(chosen), "prompts")
   generations = evaluate.decode_all(
     run.model,
     [p.token_ids for p in chosen],
@@ -46,7 +46,7 @@ def main(argv):
     batch=_BATCH.value,
     max_new_tokens=drafting.MAX_NEW_TOKENS.value,
     end_token=run.tokenizer.eos_id,
-    on_batch=progress.step,
+    on_batch=Progress("prompts"),
   )
   outputs = [run.tokenizer.decode(g.token_ids) for g in generations]
   scores = evaluate.rouge(outputs, [p.references for p in chosen])
@@ -58,15 +58,12 @@ def main(argv):
     "cut": cut,
     "tokens_per_call": sum(len(g.token_ids) for g in generations) / calls,
     "references": "best of several, per score",
-    "dataset": run.config["data"]["dataset"],
+    **task.about(run),
     "split": _SPLIT.value,
     "drafter": drafter.name,
     "tree": drafting.TREE.value if drafter.name == "streams" else None,
     "temperature": 0.0,
     "max_new_tokens": drafting.MAX_NEW_TOKENS.value,
-    "step": run.step,
-    "commit": checkpoints.git_commit(),
-    "date": task.now(),
   }
   for prompt, output in list(zip(chosen, outputs))[:2]:
     print(f"prompt     {prompt.text}")
@@ -75,7 +72,7 @@ def main(argv):
   print(
     f"ROUGE-1 {scores['rouge1']:.2f}  ROUGE-Lsum {scores['rougeLsum']:.2f}  "
     f"(F1 in percent, stemmed, best of a prompt's references; {len(chosen)} "
-    f"prompts of {_SPLIT.value}, {cut} cut at {quality['max_new_tokens']} tokens)"
+    f"{_SPLIT.value} prompts, {cut} of them cut short by --max_new_tokens)"
   )
   path = pathlib.Path(drafting.WORKDIR.value) / "quality.json"
   task.write_json(path, quality)

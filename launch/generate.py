@@ -1,6 +1,6 @@
 """Decodes prompts with a trained run.
 
-  launch/generate.py --workdir=runs/e2e --prompt='name[The Punter], food[Indian]'
+  launch/generate.py --workdir=runs/e2e --prompt='name[The Punter]'
   launch/generate.py --workdir=runs/e2e --prompts_file=prompts.jsonl --json
 
 The text is printed as it comes; --show_steps shows what each call of the model
@@ -13,9 +13,10 @@ import os
 import sys
 import time
 
+from absl import flags
+
 import common
 import drafting
-from absl import flags
 
 _PROMPT = flags.DEFINE_string("prompt", None, "Text of one prompt.")
 _TOKEN_IDS = flags.DEFINE_string(
@@ -86,12 +87,13 @@ def _show(model, tokenizer, request, drafter, settings, colours):
   from spec_stream import requests
 
   begin = time.perf_counter()
-  tokens = calls = 0
+  tokens = calls = shown = 0
   steps = requests.pieces(model, tokenizer, request, drafter, **settings)
   for text, count in steps:
     tokens, calls = tokens + count, calls + (count > 0)
     if _SHOW_STEPS.value and text:
-      text = _mark(text, calls, colours)
+      shown += 1  # a call may give no more than half a character
+      text = _mark(text, shown, colours)
     print(text, end="", flush=True)
   print()
   if _STATS.value:
@@ -102,9 +104,10 @@ def _show(model, tokenizer, request, drafter, settings, colours):
     )
 
 
-def _mark(text, call, colours):
+def _mark(text, number, colours):
   """Text of one call in one of two colours, or in brackets without any."""
-  return f"\x1b[{(36, 33)[call % 2]}m{text}\x1b[0m" if colours else f"[{text}]"
+  colour = (36, 33)[number % 2]
+  return f"\x1b[{colour}m{text}\x1b[0m" if colours else f"[{text}]"
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ case ${1:-} in
   *) workdir=$here/$1 ;;
 esac
 
-prompt="PROMPT"
+prompt="name: The Humble Pepper; kind: wine bar; food: Lebanese; dish: parsley \
+salad; area: the harbour quarter; near: the clock tower; suits: couples"
 say() { printf '\n== %s\n' "$*"; }
 
 say "training (minutes on two cores; Ctrl-C is safe, the same command goes on)"
@@ -32,7 +33,7 @@ say "one prompt, call by call"
 
 say "benchmark: plain decoding and streams, prompt by prompt"
 "$PYTHON" launch/benchmark.py --workdir="$workdir" --drafters=none,streams \
-  --prompts=32 --tree_nodes=4,8
+  --prompts=32 --tree_nodes=4,8,16
 
 page=$("$PYTHON" launch/report.py --workdir="$workdir")
 printf '\nreport: %s\n' "$page"

@@ -9,9 +9,10 @@ Ctrl-C saves a checkpoint; the same command goes on from the last one.
 
 import dataclasses
 
-import common
 from absl import flags
 from ml_collections.config_flags import config_flags
+
+import common
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file of configs/; --config.a.b=VALUE changes a key."
@@ -23,7 +24,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main(argv):
   del argv
   # Slow imports wait until the flags are known to be right.
-  from spec_stream import sharding
+  from spec_stream import sharding, weights
   from spec_stream.data.pipeline import DataConfig
   from spec_stream.models import config as model_config
   from spec_stream.train.config import TrainConfig, resolve
@@ -33,9 +34,11 @@ def main(argv):
   data = DataConfig(**config.data)
   train = TrainConfig(**config.train)
   model = model_config.from_dict(config.model.to_dict())
-  resolve(model, train)
+  # All that can be wrong is looked at before the data are.
   mesh = sharding.make_mesh(**config.mesh)
   sharding.check_batch(mesh, data.batch_size, train.accumulate)
+  model = dataclasses.replace(resolve(model, train), vocab_size=data.vocab_size)
+  sharding.weight_shardings(mesh, weights.shapes(model))
   tokenizer = prepare_tokenizer(workdir, data, train)
   model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
   done = fit(workdir, model, data, train, tokenizer, mesh)

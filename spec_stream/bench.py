@@ -30,7 +30,7 @@ from spec_stream.drafters.base import Drafter
 from spec_stream.drafters.none import NoDraft
 from spec_stream.errors import UserError
 from spec_stream.models.config import ModelConfig
-from spec_stream.models.transformer import Transformer
+from spec_stream.models.transformer import Transformer, merge_lora
 
 NOISE = "none (A against A)"
 NO_STREAMS = "none (no streams)"
@@ -61,6 +61,17 @@ class Settings:
     """Seeds of prompts 0..count-1, wrapped at 2**32."""
     return (self.seed + np.arange(count, dtype=np.int64)) % 2**32
 
+  def options(self, seed) -> dict:
+    """What `decode.generate` is to be told."""
+    return dict(
+      max_new_tokens=self.max_new_tokens,
+      end_token=self.end_token,
+      temperature=self.temperature,
+      top_k=self.top_k,
+      top_p=self.top_p,
+      seed=seed,
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class Method:
@@ -87,7 +98,9 @@ def plan(config: ModelConfig, drafters: Sequence[Drafter]) -> list[Method]:
     plain = NoDraft(attach_streams=False)
     methods.append(Method(NO_STREAMS, plain, expects=None))
   twin = methods[-1]
-  noise = Method(NOISE, twin.drafter, expects=twin.name, times_against=twin.name)
+  noise = Method(
+    NOISE, twin.drafter, expects=twin.name, times_against=twin.name
+  )
   rivals = [
     Method(drafter.name, drafter)
     for drafter in drafters
@@ -141,6 +154,7 @@ def measure(
     slice(start, min(start + settings.batch, len(prompts)))
     for start in range(0, len(prompts), settings.batch)
   ]
+  model = merge_lora(model)  # once, not in each decoder
   # A decoder for each row: the A-against-A row is independent of its twin.
   decoders = [Decoder(model, method.drafter) for method in methods]
   zeros = lambda: np.zeros(len(batches))
@@ -153,17 +167,8 @@ def measure(
   def run(decoder: Decoder, at: slice):
     """One batch -> (finished state, prefill seconds, decoding seconds)."""
     begin = time.perf_counter()
-    state = jax.block_until_ready(
-      decoder.start(
-        prompts[at],
-        max_new_tokens=settings.max_new_tokens,
-        end_token=settings.end_token,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        seed=seeds[at],
-      )
-    )
+    state = decoder.start(prompts[at], **settings.options(seeds[at]))
+    jax.block_until_ready(state)
     middle = time.perf_counter()
     state = jax.block_until_ready(decoder.finish(state))
     end = time.perf_counter()

@@ -12,8 +12,6 @@ extra_params        weights beyond those of a plain decoder
 """
 
 import math
-import os
-import platform
 from collections.abc import Sequence
 
 import jax
@@ -79,6 +77,7 @@ def rows(
         "compile_seconds": round(result.compile_seconds, 3),
         "recompiles": result.recompiles,
         "dtype": model.config.dtype,
+        "matmul_precision": jax.config.jax_default_matmul_precision,
         "seed": settings.seed,
       }
     )
@@ -93,6 +92,20 @@ def bugs(rows: Sequence[dict]) -> list[str]:
     for row in rows
     if row["mismatch"]
   ]
+
+
+def note(rows: Sequence[dict]) -> str:
+  """What a reader of the table must know: baseline, noise, device."""
+  noise = next(row for row in rows if row["method"] == NOISE)
+  words = [f"Speed-ups are against '{rows[-1]['baseline']}'"]
+  if noise["noise_low"] is not None:
+    low, high = noise["noise_low"], noise["noise_high"]
+    words.append(f"noise: {NOISE} gave [{low:.2f}, {high:.2f}]")
+  words.append(
+    f"{noise['device']}, {noise['dtype']}, jax {noise['jax']}, "
+    f"{noise['prompts']} prompts of {noise['dataset']}, batch {noise['batch']}"
+  )
+  return "; ".join(words) + "."
 
 
 # -- counts ------------------------------------------------------------------
@@ -214,7 +227,9 @@ def ratio_with_interval(
   drawn = np.random.default_rng(seed).integers(0, size, (RESAMPLES, size))
   at = np.concatenate([np.arange(size)[None], drawn])  # first: as measured
   # ([n] sums of seconds / of tokens) per resample, base over method.
-  rate = [x[0][at].sum(1) / np.maximum(x[1][at].sum(1), 1) for x in (base, method)]
+  rate = [
+    x[0][at].sum(1) / np.maximum(x[1][at].sum(1), 1) for x in (base, method)
+  ]
   ratio = rate[0] / rate[1]
   low, high = np.percentile(ratio[1:], [2.5, 97.5])
   return float(ratio[0]), float(low), float(high)
@@ -237,9 +252,7 @@ def _ms_per_token(result: Measured) -> float | None:
 def _step_ms(result: Measured) -> float | None:
   """Of one pass of the loop; a batch runs until its last row is done."""
   steps, size = [g.target_calls - 1 for g in result.generations], result.batch
-  passes = sum(
-    max(steps[i : i + size]) for i in range(0, len(steps), size)
-  )
+  passes = sum(max(steps[i : i + size]) for i in range(0, len(steps), size))
   passes *= result.repeats
   return float(1e3 * result.decode_seconds.sum() / passes) if passes else None
 
@@ -275,26 +288,3 @@ def _agreement(model, prompts, result, by_name, settings) -> dict:
     "max_tie_margin": widest.margin if finite else None,
     "mismatch": str(widest) if wrong else None,
   }
-
-
-# -- surroundings ------------------------------------------------------------
-
-
-def device_words() -> str:
-  """The accelerator, if there is one, and the processor with its cores."""
-  device = jax.devices()[0]
-  name = platform.processor() or platform.machine()
-  try:
-    with open("/proc/cpuinfo") as file:
-      names = [x.split(":", 1)[1] for x in file if x.startswith("model name")]
-    name = " ".join(names[0].split()) if names else name
-  except OSError:
-    pass  # not Linux
-  try:
-    cores = len(os.sched_getaffinity(0))
-  except AttributeError:  # not Linux
-    cores = os.cpu_count()
-  words = f"{device.platform}: {name}, {cores} cores"
-  if device.platform != "cpu":
-    words = f"{device.device_kind} (host {name}, {cores} cores)"
-  return words

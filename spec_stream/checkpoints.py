@@ -129,8 +129,8 @@ def steps(workdir) -> list[int]:
 class Saver:
   """Saves in the background and keeps the last `keep` checkpoints.
 
-    with Saver(workdir, keep=2) as saver:
-      saver.save(state, iterator)
+  with Saver(workdir, keep=2) as saver:
+    saver.save(state, iterator)
   """
 
   def __init__(self, workdir, keep: int):
@@ -253,7 +253,8 @@ def _readable(directory: pathlib.Path):
 
 
 def _short(error: Exception, limit: int = 160) -> str:
-  text = " ".join(str(error).split()) or type(error).__name__
+  text = str(error).split(". See full TensorStore")[0]  # many lines of json
+  text = " ".join(text.split()) or type(error).__name__
   return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

@@ -10,8 +10,8 @@ Plain autoregressive decoding is the same loop with a tree of one node. Between
 steps, for each row: `cache.length == prompt length + num_tokens - 1`, since the
 root is emitted but not yet committed.
 
-Letters: B batch row, P prompt bucket, N most new tokens, M tree nodes, A longest
-path (root included), V vocabulary, D width.
+Letters: B batch row, P prompt bucket, N most new tokens, M tree nodes, A
+longest path (root included), V vocabulary, D width.
 """
 
 import dataclasses
@@ -35,6 +35,7 @@ from spec_stream.models.transformer import (
   Transformer,
   causal_mask,
   forward,
+  merge_lora,
 )
 from spec_stream.sampling import Sampling, draw
 from spec_stream.sampling import make as make_sampling
@@ -245,14 +246,15 @@ def _step(graphdef, weights, drafter, own, state):
 class Decoder:
   """A target and a drafter, checked against each other and ready to run.
 
-  Holds no state between requests: `start` and `finish` are the two compiled
-  calls that `generate` makes, apart so that they can be timed apart.
+  Shared-mode adapters are folded into the kernels here. Holds no state between
+  requests: `start` and `finish` are the two compiled calls that `generate`
+  makes, apart so that they can be timed apart.
   """
 
   def __init__(self, model: Transformer, drafter: Drafter, own=None):
     self.config = model.config
     self.drafter = drafter.resolve(model.config)
-    self.graphdef, self.weights = nnx.split(model)
+    self.graphdef, self.weights = nnx.split(merge_lora(model))
     self.own = own
 
   def start(

@@ -24,13 +24,13 @@ def decode_all(
   batch: int = 32,
   max_new_tokens: int = 128,
   end_token: int = -1,
-  on_batch: Callable[[int], None] = lambda count: None,
+  on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Generation]:
   """Greedy decoding of many prompts, in their order.
 
   Prompts of like length share a batch, and the last batch is filled up with
-  repeats, so that few shapes compile. on_batch: called with the number of
-  prompts done by each batch.
+  repeats, so that few shapes compile. on_batch: called with (prompts done,
+  prompts in all).
   """
   if batch < 1:
     raise UserError(f"batch={batch} must be 1 or more")
@@ -47,7 +47,7 @@ def decode_all(
       end_token=end_token,
     )
     found |= dict(zip(at, collect(decoder.finish(state)), strict=False))
-    on_batch(len(at))
+    on_batch(len(found), len(prompts))
   return [found[i] for i in range(len(prompts))]
 
 
@@ -60,7 +60,9 @@ def rouge(
   scorer = RougeScorer(SCORES, use_stemmer=True)
   totals = dict.fromkeys(SCORES, 0.0)
   for output, known in zip(outputs, references, strict=True):
-    scores = scorer.score_multi([sentences(r) for r in known], sentences(output))
+    scores = scorer.score_multi(
+      [sentences(r) for r in known], sentences(output)
+    )
     for name in SCORES:
       totals[name] += 100 * scores[name].fmeasure
   return {name: total / len(outputs) for name, total in totals.items()}

@@ -77,7 +77,7 @@ def progress_line(record, num_steps):
   """One line for a person, from one line of metrics.jsonl."""
   parts = [f"step {record['step']}/{num_steps}"]
   if record.get("loss") is not None:
-    parts.append(f"loss {record['loss']:.3g}")
+    parts.append(f"loss {record['loss']:.2f}")
   accept = []
   while record.get(f"accept_{len(accept) + 1}") is not None:
     accept.append(f"{record[f'accept_{len(accept) + 1}']:.2f}")

@@ -14,6 +14,7 @@ import pathlib
 from spec_stream import (
   charts,
   page,
+  results,
   results_table,
   trace_view,
   training_curves,
@@ -57,7 +58,7 @@ def read(workdir):
   path, metrics = lines("metrics.jsonl")
   training_curves.check(metrics, path)
   path, rows = lines("results.jsonl")
-  results_table.check(rows, path)
+  results.check(rows, path)
   path, trace = workdir / "trace.json", None
   if path.exists():
     try:
@@ -66,7 +67,7 @@ def read(workdir):
     except ValueError as error:  # not JSON, or not UTF-8
       raise UserError(f"{path}: not JSON ({error})") from error
     trace_view.check(trace, path)
-  runs = results_table.by_run(rows)
+  runs = results.by_run(rows)
   return RunFiles(workdir, config, metrics, runs, trace, _date(workdir, runs))
 
 
@@ -199,7 +200,7 @@ def _results(run, newest):
 def _along(run, newest):
   """Tokens per call along the output, and acceptance by depth."""
   title = "Tokens per call along the output"
-  lines, note = results_table.by_row(
+  lines, note = results.by_row(
     newest, "tokens_per_call_by_position", lambda i: 8 * i + 3.5
   )
   if not _any_point(lines):
@@ -218,9 +219,7 @@ def _along(run, newest):
     reference=(1, "plain decoding"),
     note=note,
   )
-  depths, note = results_table.by_row(
-    newest, "accept_by_depth", lambda i: i + 1
-  )
+  depths, note = results.by_row(newest, "accept_by_depth", lambda i: i + 1)
   if _any_point(depths):
     figures += charts.line_chart(
       "Acceptance by depth of the tree",
@@ -247,8 +246,8 @@ def _trace(run):
 def _cost(run, newest):
   """Step cost and tokens per call against the number of tree nodes."""
   title = "What a larger tree costs, and what it brings"
-  cost = results_table.by_nodes(newest, "step_cost")
-  gain = results_table.by_nodes(newest, "tokens_per_call")
+  cost = results.by_nodes(newest, "step_cost")
+  gain = results.by_nodes(newest, "tokens_per_call")
   nodes = sorted({1, *(x for s in cost + gain for x in s.xs)})
   if len(nodes) < 3:
     return page.section(

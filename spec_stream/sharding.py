@@ -17,9 +17,11 @@ from spec_stream.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 
 # Each weight's path matches exactly one rule. Shapes: see `models`; K, the
-# key/value heads, F and V are split over `tensor`, the width D over `fsdp`.
+# key/value heads, F and V are split over `tensor`, the width D over `fsdp`. The
+# embedding is split by rows alone: a lookup in split columns would spread D
+# over fsdp in all that follows, against the batch, which lies there.
 RULES = (
-  (r"embed/table", P("tensor", "fsdp")),
+  (r"embed/table", P(("fsdp", "tensor"), None)),
   (r"head/kernel", P("fsdp", "tensor")),
   (r"(blocks/\d+/)?\w+_norm/scale", P()),
   (r"blocks/\d+/attention/qkv/kernel", P("fsdp", "tensor", None, None)),
@@ -77,23 +79,24 @@ def weight_shardings(mesh: Mesh, shapes: dict) -> dict[str, NamedSharding]:
   shardings = {}
   for path, leaf in shapes.items():
     rule = spec(path)
-    for dimension, axis in zip(leaf.shape, rule):
-      if axis is not None and dimension % mesh.shape[axis]:
-        raise UserError(_uneven(path, axis, dimension, mesh.shape[axis]))
+    for dimension, axes in zip(leaf.shape, rule):
+      for axis in axes if isinstance(axes, tuple) else (axes,):
+        size = mesh.shape[axis] if axis else 1
+        if dimension % size:
+          raise UserError(_uneven(path, axis, dimension, size))
+        dimension //= size
     shardings[path] = NamedSharding(mesh, rule)
   return shardings
 
 
 def _uneven(path: str, axis: str, dimension: int, size: int) -> str:
-  name = f"a dimension of {dimension} of {path}"
-  if axis == "fsdp":
-    name = f"model.width={dimension}"
-  elif path.startswith("blocks/") and "/attention/" in path:
+  name = f"model.width={dimension}"
+  if path == "embed/table" or (path == "head/kernel" and axis == "tensor"):
+    name = f"the vocabulary ({dimension} rows of it)"
+  elif axis == "tensor" and "/attention/" in path:
     name = f"model.num_kv_heads={dimension}"
-  elif path.startswith("blocks/"):
+  elif axis == "tensor":
     name = f"model.ffw_dim={dimension}"
-  elif path in ("embed/table", "head/kernel"):
-    name = f"the vocabulary of {dimension} tokens"
   return f"mesh.{axis}={size} must divide {name}, which it splits"
 
 

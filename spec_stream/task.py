@@ -5,9 +5,13 @@ import datetime
 import json
 import os
 import pathlib
+import platform
+import secrets
 
+import jax
 import numpy as np
 
+from spec_stream import checkpoints
 from spec_stream.checkpoints import Run
 from spec_stream.errors import UserError
 
@@ -49,9 +53,39 @@ def prompts(run: Run, split: str, count: int = 0) -> list[Prompt]:
   return found
 
 
-def now() -> str:
-  """The time of a result, UTC."""
-  return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+def about(run: Run) -> dict:
+  """What each result says: data, checkpoint, device, versions, date, and an id
+  that the rows of one invocation share."""
+  now = datetime.datetime.now(datetime.UTC)
+  return {
+    "run_id": f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
+    "dataset": run.config["data"]["dataset"],
+    "step": run.step,
+    "device": device_words(),
+    "jax": jax.__version__,
+    "commit": checkpoints.git_commit(),
+    "date": f"{now:%Y-%m-%d %H:%M} UTC",
+  }
+
+
+def device_words() -> str:
+  """The accelerator, if there is one, and the processor with its cores."""
+  device = jax.devices()[0]
+  name = platform.processor() or platform.machine()
+  try:
+    with open("/proc/cpuinfo") as file:
+      names = [x.split(":", 1)[1] for x in file if x.startswith("model name")]
+    name = " ".join(names[0].split()) if names else name
+  except OSError:
+    pass  # not Linux
+  try:
+    cores = len(os.sched_getaffinity(0))
+  except AttributeError:  # not Linux
+    cores = os.cpu_count()
+  words = f"{device.platform}: {name}, {cores} cores"
+  if device.platform != "cpu":
+    words = f"{device.device_kind} (host {name}, {cores} cores)"
+  return words
 
 
 def write_json(path: pathlib.Path, value: dict):

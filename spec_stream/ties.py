@@ -21,6 +21,7 @@ from spec_stream.models.transformer import (
   Transformer,
   causal_mask,
   forward,
+  merge_lora,
 )
 from spec_stream.sampling import Sampling, scores
 
@@ -83,6 +84,7 @@ def compare(
     attach_streams: whether the two were decoded with streams attached. Matters
       where the main stream attends to its streams.
   """
+  model = merge_lora(model)  # as decoding does
   attach = attach_streams and model.config.streams.attends
   found = []
   for i, (a, b) in enumerate(zip(expected, got, strict=True)):
@@ -112,7 +114,9 @@ def _margin(model, common, prompt_length, tokens, sampling, attach) -> float:
     order = np.arange(bucket)
     carries = (order >= prompt_length - 1) & (order < length)
     at = np.where(carries, order, -1)[None].astype(np.int32)
-  values = _next_scores(*nnx.split(model), padded, np.int32(length), at, sampling)
+  values = _next_scores(
+    *nnx.split(model), padded, np.int32(length), at, sampling
+  )
   values = np.asarray(values, np.float64)
   return float(values.max() - values[list(tokens)].min())
 

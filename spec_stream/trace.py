@@ -1,33 +1,27 @@
 """One prompt, call by call, as a report draws it (trace.json)."""
 
 import math
-from collections.abc import Sequence
 
+from spec_stream.bench import Settings
 from spec_stream.decode import stream
 from spec_stream.detokenize import token_text
 from spec_stream.drafters.base import Drafter
 from spec_stream.models.transformer import Transformer
+from spec_stream.task import Prompt
 
 
 def record(
   model: Transformer,
   tokenizer,
-  prompt: str,
-  token_ids: Sequence[int],
+  prompt: Prompt,
   drafter: Drafter,
-  tree: str,
-  **settings,
+  settings: Settings,
 ) -> dict:
-  """Decodes one prompt and keeps each draft and what was accepted of it.
-
-  Args:
-    prompt, token_ids: the same prompt for a reader and for the model.
-    tree: the kind of the drafter's trees.
-    **settings: of `decode.generate`.
-  """
+  """Decodes one prompt and keeps each draft and what was accepted of it."""
   tokens, steps = [], []
   text = lambda token: token_text(tokenizer, int(token))
-  for step in stream(model, token_ids, drafter, **settings):
+  options = settings.options(settings.seed)
+  for step in stream(model, prompt.token_ids, drafter, **options):
     tokens += step.token_ids
     if step.tree is None:
       continue  # prefill verifies no draft
@@ -58,10 +52,9 @@ def record(
       }
     )
   return {
-    "prompt": prompt,
+    "prompt": prompt.text,
     "text": tokenizer.decode(tokens),
     "method": drafter.name,
-    "tree": tree,
+    "tree": drafter.tree.kind if hasattr(drafter, "tree") else "none",
     "steps": steps,
   }
-

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import MODEL, ROWS, make_batch, make_model
 
 from spec_stream import weights
 from spec_stream.errors import UserError
@@ -14,7 +15,7 @@ from spec_stream.models.prune import PruneParam
 from spec_stream.models.transformer import causal_mask, forward
 from spec_stream.train import losses
 from spec_stream.train.losses import LossConfig
-from tiny import MODEL, ROWS, make_batch, make_model
+
 
 def numpy_terms(logits, batch, ahead, places):
   """(mean cross-entropy, share of right argmaxes) by plain loops.
@@ -175,8 +176,3 @@ def test_an_empty_batch_has_a_finite_loss():
 def test_wrong_number_of_stream_weights():
   with pytest.raises(UserError, match="2 numbers for 3 streams"):
     losses.loss(make_model(), make_batch(), LossConfig(1.0, (0.1, 0.1)))
-
-
-def test_argmax_is_that_of_numpy_with_ties():
-  x = np.random.default_rng(0).integers(0, 3, (50, 7)).astype(np.float32)
-  assert losses._argmax(jnp.asarray(x)).tolist() == x.argmax(-1).tolist()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spec_stream import charts, report, results_table, trace_view
+from spec_stream import charts, report, results, trace_view
 from spec_stream.charts import Series
 from spec_stream.errors import UserError
 from spec_stream.models import config as model_config
@@ -229,6 +229,17 @@ def test_rows_that_differ_in_a_setting_get_a_column(workdir):
     "0.7",
   ]
   assert rows[-1][0] == "streams (not lossless)"
+
+
+def test_a_difference_that_is_no_tie_is_called_a_bug(workdir):
+  page = Page(render(workdir))
+  assert not page.classes("bug")
+  words = "prompt 3, token 7: margin 0.2"
+  write_jsonl(
+    workdir / "results.jsonl", [*ROWS, {**ROWS[3], "mismatch": words}]
+  )
+  page = Page(render(workdir))
+  assert len(page.classes("bug")) == 1 and f"streams: {words}" in page.text
 
 
 def test_header_and_headline(workdir):
@@ -466,16 +477,16 @@ def test_a_long_curve_is_thinned_to_means():
 
 def test_many_rows_show_the_fastest_of_each_method():
   rows = [row("streams", n, 2.0 + n / 40, 1 + n / 10) for n in range(2, 12)]
-  lines, note = results_table.by_row(rows, "accept_by_depth", lambda i: i)
+  lines, note = results.by_row(rows, "accept_by_depth", lambda i: i)
   assert [s.name for s in lines] == ["streams"] and "fastest" in note
   assert lines[0].ys is max(rows, key=lambda r: r["speedup"])["accept_by_depth"]
-  lines, note = results_table.by_row(rows[:3], "accept_by_depth", lambda i: i)
+  lines, note = results.by_row(rows[:3], "accept_by_depth", lambda i: i)
   names = ["streams, 2 nodes", "streams, 3 nodes", "streams, 4 nodes"]
   assert [s.name for s in lines] == names and not note
 
 
 def test_cost_lines_start_at_plain_decoding():
-  plain, streams, medusa = results_table.by_nodes(ROWS[1:], "step_cost")
+  plain, streams, medusa = results.by_nodes(ROWS[1:], "step_cost")
   assert (plain.xs, plain.ys) == ([1], [1.0])
   assert (streams.xs, streams.ys) == ([4, 8], [1.4, 1.71])
   assert medusa.xs == [4]

@@ -2,14 +2,21 @@
 
 import dataclasses
 import functools
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from tiny import MODEL, make_batch
 
-from spec_stream import sharding, weights
+from spec_stream import checkpoints, sharding, weights
 from spec_stream.errors import UserError
 from spec_stream.models.lora import LoRAParam
 from spec_stream.models.streams import StreamParam
@@ -19,14 +26,14 @@ from spec_stream.train.step import make_step
 
 ROWS = 4 * (((3, 4), (2, 5)),)  # four rows, so that they can be accumulated
 TRAIN = TrainConfig(
-  steps=20, learning_rate=0.01, warmup_steps=2, weight_decay=0.1
+  steps=20, learning_rate=0.01, warmup_steps=2, weight_decay=0.1, clip_norm=0.05
 )
 
 
-def lora(rank=2, **changes):
-  """MODEL with adapters."""
-  streams = dataclasses.replace(MODEL.streams, lora_rank=rank, **changes)
-  return dataclasses.replace(MODEL, streams=streams)
+def lora(rank=2, model=MODEL, **changes):
+  """The model with adapters."""
+  streams = dataclasses.replace(model.streams, lora_rank=rank, **changes)
+  return dataclasses.replace(model, streams=streams)
 
 
 @functools.cache
@@ -57,11 +64,9 @@ def test_all_weights_move_and_the_loss_falls():
   np.testing.assert_allclose(rates, [0.005, 0.01, 0.01], rtol=1e-6)
 
 
-@pytest.mark.parametrize("parts", [2, 4])
-def test_accumulation_equals_one_large_batch(parts):
-  _, whole, one, _ = run(MODEL, TRAIN)
-  several = dataclasses.replace(TRAIN, accumulate=parts)
-  _, split, many, _ = run(MODEL, several)
+def test_accumulation_equals_one_large_batch():
+  _, _, one, _ = run(MODEL, TRAIN)
+  _, _, many, _ = run(MODEL, dataclasses.replace(TRAIN, accumulate=2))
   for a, b in zip(one, many):
     assert a.keys() == b.keys()
     for name in a:
@@ -101,11 +106,10 @@ def test_adapters_of_shared_mode_serve_the_main_stream():
 
 def test_the_pruner_moves_no_other_weight_not_even_by_clipping():
   """Clipping bites here: a shared norm would couple the two."""
-  tight = dataclasses.replace(TRAIN, clip_norm=0.05)
-  _, with_pruner, history, _ = run(MODEL, tight)
-  heavy = dataclasses.replace(tight, prune_weight=50.0)
+  _, with_pruner, history, _ = run(MODEL, TRAIN)
+  heavy = dataclasses.replace(TRAIN, prune_weight=50.0)
   _, with_heavy, _, _ = run(MODEL, heavy)
-  assert history[0]["grad_norm"] > 0.05
+  assert history[0]["grad_norm"] > TRAIN.clip_norm
   for path in with_pruner:
     if not path.startswith("pruner/"):
       assert with_pruner[path].tobytes() == with_heavy[path].tobytes(), path
@@ -113,17 +117,16 @@ def test_the_pruner_moves_no_other_weight_not_even_by_clipping():
 
 def test_norms_and_embeddings_do_not_decay():
   """Without a gradient AdamW moves exactly what decays."""
-  mesh = sharding.make_mesh()
-  state, _ = states.init(lora(map_rank=2), TRAIN, mesh)
-  tx = states.optimizer(lora(map_rank=2), TRAIN)
+  model = lora(map_rank=2)
+  tx = states.optimizer(model, TRAIN)
 
   @jax.jit
-  def update(trained):
-    ones = jax.tree.map(jnp.ones_like, trained)
-    zeros = jax.tree.map(jnp.zeros_like, trained)
+  def update():
+    ones = {p: jnp.ones(x.shape) for p, x in weights.shapes(model).items()}
+    zeros = jax.tree.map(jnp.zeros_like, ones)
     return tx.update(zeros, tx.init(ones), ones)[0]
 
-  updates = update(state.trained)
+  updates = update()
   still = {path for path, u in updates.items() if not np.any(u)}
   expected = {p for p in updates if p.endswith("/scale")}
   assert still == expected | {"embed/table", "streams/embed"}
@@ -174,3 +177,154 @@ def test_next_token_is_the_model_without_streams():
 def test_settings_that_contradict_each_other(model, changes, message):
   with pytest.raises(UserError, match=message):
     resolve(model, dataclasses.replace(TRAIN, **changes))
+
+
+# -- whole runs --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+  """Runs of one program, in this process and others, share its compilation."""
+  folder = str(tmp_path_factory.mktemp("compiled"))
+  names = {
+    "jax_compilation_cache_dir": folder,
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+  }
+  before = {name: getattr(jax.config, name) for name in names}
+  with pytest.MonkeyPatch.context() as patch:
+    for name, value in names.items():
+      jax.config.update(name, value)
+      patch.setenv(name.upper(), str(value))  # for the processes started here
+    yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """The workdir of a run that nothing interrupted."""
+  with pytest.MonkeyPatch.context() as patch:
+    tiny.use_small_data(patch)
+    workdir = str(tmp_path_factory.mktemp("finished"))
+    assert tiny.train(workdir)
+  return workdir
+
+
+@pytest.fixture
+def small_data(monkeypatch):
+  tiny.use_small_data(monkeypatch)
+
+
+def change(**changes):
+  return dataclasses.replace(tiny.TRAIN, **changes)
+
+
+def stop(workdir, step, kind):
+  """Runs the same training in a process that a signal meets at `step`."""
+  root = pathlib.Path(tiny.__file__).parent.parent
+  return subprocess.run(
+    [sys.executable, tiny.__file__, workdir, str(step), kind],
+    env={**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+
+
+def test_a_run_learns_and_keeps_its_last_checkpoints(finished):
+  curve = tiny.losses(finished)
+  assert list(curve) == list(range(1, 13))
+  assert curve[12] < 0.8 * curve[1]
+  assert checkpoints.steps(finished) == [8, 12]
+  line = open(f"{finished}/metrics.jsonl").readline()
+  keys = "loss_main loss_stream_1 accept_1 tokens_per_second"
+  for key in [*keys.split(), "learning_rate", "seconds", "eta_seconds"]:
+    assert f'"{key}"' in line
+
+
+def test_kill_9_and_resume_is_exact(finished, tmp_path, small_data):
+  workdir = str(tmp_path)
+  killed = stop(workdir, 10, "SIGKILL")
+  assert killed.returncode == -signal.SIGKILL, killed.stderr
+  assert max(tiny.losses(workdir)) == 10
+  last = checkpoints.steps(workdir)[-1]
+  assert last in (4, 8)  # 8 may have been on its way
+  assert tiny.train(workdir)
+  assert tiny.losses(workdir) == tiny.losses(finished)  # bit for bit
+  one, two = (checkpoints.load_run(w) for w in (workdir, finished))
+  one, two = weights.to_weights(one.model), weights.to_weights(two.model)
+  for path in one:
+    assert np.array_equal(one[path], two[path]), path
+
+
+def test_ctrl_c_saves_the_step_and_says_so(finished, tmp_path, small_data):
+  workdir = str(tmp_path)
+  stopped = stop(workdir, 6, "SIGINT")
+  assert stopped.returncode == 130, stopped.stderr
+  assert stopped.stderr == ""
+  assert stopped.stdout.splitlines()[-1].startswith("stopped: step 6 is saved")
+  assert checkpoints.steps(workdir) == [4, 6]
+  assert tiny.train(workdir)
+  assert tiny.losses(workdir) == tiny.losses(finished)
+
+
+def test_a_finished_run_is_left_alone(finished, small_data, capsys):
+  before = sorted(os.walk(finished))
+  assert tiny.train(finished)
+  assert (
+    "already trained for 12 steps: nothing to do" in capsys.readouterr().out
+  )
+  assert sorted(os.walk(finished)) == before
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    (dict(train=change(learning_rate=0.02)), "train.learning_rate=0.01, now"),
+    (dict(train=change(seed=1)), "train.seed=0, now it is 1"),
+    (dict(seed=3), "data.seed=0, now it is 3"),
+    (dict(batch_size=8), "data.batch_size=4, now it is 8"),
+    (dict(model=lora(model=tiny.SMALL)), "model.streams.lora_rank=0, now it"),
+  ],
+)
+def test_other_settings_are_another_run(finished, small_data, changes, message):
+  with pytest.raises(UserError, match=message):
+    tiny.train(finished, **changes)
+
+
+def test_more_steps_go_on(finished, tmp_path, small_data, capsys):
+  workdir = str(tmp_path / "run")
+  shutil.copytree(finished, workdir)
+  assert tiny.train(workdir, train=change(steps=14, log_every=2, save_every=9))
+  assert "from its checkpoint of step 12" in capsys.readouterr().out
+  assert checkpoints.steps(workdir) == [12, 14]
+
+
+def test_a_loss_that_is_not_finite_keeps_the_checkpoint(tmp_path, small_data):
+  with pytest.raises(UserError, match="no longer finite at step"):
+    tiny.train(tmp_path, train=change(learning_rate=1e20, save_every=1))
+  # Step 1 was fine before its update; what it led to is not saved.
+  assert checkpoints.steps(tmp_path) in ([], [1])
+
+
+def test_init_from_takes_base_weights_and_tokenizer(
+  finished, tmp_path, small_data
+):
+  workdir = str(tmp_path)
+  model = lora(model=tiny.SMALL, mode="lossless")
+  start = change(trainable="adapters", init_from=finished, steps=2)
+  assert tiny.train(workdir, model=model, train=start)
+  new, base = checkpoints.load_run(workdir), checkpoints.load_run(finished)
+  assert new.tokenizer.hash() == base.tokenizer.hash()
+  new, base = weights.to_weights(new.model), weights.to_weights(base.model)
+  adapters = weights.paths(model, *weights.ADAPTERS)
+  for path in new:
+    if path not in adapters:
+      assert new[path].tobytes() == base[path].tobytes(), path
+  assert np.any(new["streams/embed"] != base["streams/embed"])
+
+
+def test_init_from_another_shape(finished, tmp_path, small_data):
+  model = dataclasses.replace(tiny.SMALL, ffw_dim=32)
+  with pytest.raises(UserError, match="model.ffw_dim=24, here it is 32"):
+    tiny.train(tmp_path, model=model, train=change(init_from=finished))

@@ -1,12 +1,23 @@
-"""A model and batches small enough that compiling is what takes the time."""
+"""Models, batches and runs so small that compiling is what takes the time.
 
+As a program, `python tests/tiny.py WORKDIR STEP` trains and kills itself with
+a signal, SIGKILL or the one named by a third argument, once STEP is logged.
+"""
+
+import dataclasses
 import functools
+import json
+import os
+import signal
+import sys
 
 import jax
 import numpy as np
 
-from spec_stream import weights
+from spec_stream import sharding, weights
 from spec_stream.models.config import ModelConfig, StreamConfig
+from spec_stream.train import fit
+from spec_stream.train.config import TrainConfig
 
 MODEL = ModelConfig(
   vocab_size=19,
@@ -64,3 +75,72 @@ def make_model(config=MODEL, seed=0):
     }
 
   return weights.to_model(config, make())
+
+
+def pairs(dataset="", data_dir="", manual_dir="", split="train"):
+  """In place of `data.source.examples`: a small corpus, made at once."""
+  rng = np.random.default_rng(len(split))
+  words = "red green blue old new big small round square".split()
+  draw = lambda: " ".join(rng.choice(words, rng.integers(2, 5)))
+  return tuple((text := draw(), f"It is {text}.") for _ in range(200))
+
+
+# One layer, one stream, no pruner: the same paths through `fit`, half compiled.
+SMALL = dataclasses.replace(
+  MODEL, num_layers=1, streams=StreamConfig(1, 1, prune_rank=0)
+)
+DATA = dict(seq_len=64, stream_positions=32, batch_size=4, vocab_size=280)
+TRAIN = TrainConfig(
+  steps=12, learning_rate=0.01, warmup_steps=2, log_every=1, save_every=4
+)
+
+
+def train(workdir, model=SMALL, train=TRAIN, **data):
+  """`fit` from the tokenizer on, as launch/train.py does it."""
+  from spec_stream.data.pipeline import DataConfig
+
+  data = DataConfig(**{**DATA, **data})
+  tokenizer = fit.prepare_tokenizer(workdir, data, train)
+  model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
+  mesh = sharding.make_mesh()
+  return fit.fit(workdir, model, data, train, tokenizer, mesh)
+
+
+def losses(workdir):
+  """{step: loss} of metrics.jsonl."""
+  with open(f"{workdir}/metrics.jsonl") as file:
+    records = [json.loads(line) for line in file]
+  return {record["step"]: record["loss"] for record in records}
+
+
+def iterator():
+  """A grain iterator of numbers in some fixed order."""
+  import grain
+
+  return iter(grain.MapDataset.range(100).seed(1).shuffle().to_iter_dataset())
+
+
+def use_small_data(monkeypatch=None):
+  from spec_stream.data import source
+
+  if monkeypatch is None:
+    source.examples = pairs
+  else:
+    monkeypatch.setattr(source, "examples", pairs)
+
+
+def main(workdir, last, kind="SIGKILL"):
+  use_small_data()
+  write = fit.MetricWriter.write
+
+  def write_and_stop(self, step, metrics):
+    write(self, step, metrics)
+    if step == int(last):
+      os.kill(os.getpid(), getattr(signal, kind))
+
+  fit.MetricWriter.write = write_and_stop
+  return 0 if train(workdir) else 130
+
+
+if __name__ == "__main__":
+  sys.exit(main(*sys.argv[1:]))

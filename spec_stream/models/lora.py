@@ -78,5 +78,6 @@ class Linear(nnx.Module):
     a, b = self.lora_a[...].astype(wide), self.lora_b[...].astype(wide)
     delta = jnp.tensordot(a, b, 1) * self.lora_scale
     kernel = self.kernel[...]
-    self.kernel[...] = (kernel.astype(wide) + delta).astype(kernel.dtype)
+    # A new variable: writing into a NumPy array would reach other models too.
+    self.kernel = nnx.Param((kernel.astype(wide) + delta).astype(kernel.dtype))
     self.lora_a = self.lora_b = None

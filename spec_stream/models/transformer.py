@@ -208,19 +208,27 @@ def causal_mask(segment_ids: jax.Array) -> jax.Array:
 
 
 def merge_lora(model: Transformer) -> Transformer:
-  """A copy with the adapters folded in; lossless adapters cannot be."""
-  config = model.config
-  if config.streams.mode == "lossless" and config.streams.lora_rank:
-    return model
-  model = nnx.clone(model)
-  for block in model.blocks:
+  """A copy with shared-mode adapters folded into the kernels.
+
+  The model itself where there are none, or where they cannot be: lossless
+  adapters serve stream rows alone.
+  """
+  linears = lambda model: [
+    linear
+    for block in model.blocks
     for linear in (
       block.attention.qkv,
       block.attention.out,
       block.ffw.gate_up,
       block.ffw.down,
-    ):
-      linear.merge()
+    )
+    if linear.lora_a is not None
+  ]
+  if model.config.streams.mode == "lossless" or not linears(model):
+    return model
+  model = nnx.clone(model)
+  for linear in linears(model):
+    linear.merge()
   return model
 
 

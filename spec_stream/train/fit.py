@@ -208,11 +208,10 @@ def check_resume(workdir: str, settings: dict) -> int:
 
   Raises: UserError naming the first setting that differs from the run's.
   """
-  if not (pathlib.Path(workdir) / "config.json").exists():
-    return 0
-  saved, last = checkpoints.read_config(workdir), checkpoints.steps(workdir)
+  last = checkpoints.steps(workdir)
   if not last:
-    return 0  # nothing was trained yet: the new settings replace the old
+    return 0  # nothing that could be lost: new settings replace old ones
+  saved = checkpoints.read_config(workdir)
   for group in ("model", "data", "train"):
     old, new = _flat(saved.get(group, {})), _flat(settings[group])
     for key in sorted(old.keys() | new.keys()):
@@ -274,14 +273,21 @@ def load_base(workdir: str, model: ModelConfig) -> weights.Weights:
 def prepare_tokenizer(workdir: str, data: DataConfig, train: TrainConfig):
   """The run's tokenizer: that in workdir, that of init_from, or a new one.
 
-  A new one is trained on the training split.
+  A new one is trained on the training split. Raises: UserError.
   """
   from spec_stream.data.pipeline import examples
   from spec_stream.data.tokenizer import Tokenizer
 
   for run in (workdir if checkpoints.steps(workdir) else "", train.init_from):
-    if run:
-      config = checkpoints.read_config(run)
-      return checkpoints.read_tokenizer(run, config["model"]["vocab_size"])
-  pairs = examples(data, "train")
-  return Tokenizer.train((text for pair in pairs for text in pair), data.vocab_size)
+    if not run:
+      continue
+    config = checkpoints.read_config(run)
+    size = config.get("data", {}).get("vocab_size")
+    if size != data.vocab_size:
+      raise UserError(
+        f"the tokenizer of {run} was made with data.vocab_size={size}, now it "
+        f"is {data.vocab_size}: use the same"
+      )
+    return checkpoints.read_tokenizer(run, config["model"]["vocab_size"])
+  texts = (text for pair in examples(data, "train") for text in pair)
+  return Tokenizer.train(texts, data.vocab_size)

@@ -22,6 +22,7 @@ from flax import nnx
 from spec_stream.models.attention import at_rows
 from spec_stream.models.prune import PruneParam
 from spec_stream.models.transformer import Transformer, causal_mask, forward
+from spec_stream.sampling import argmax
 from spec_stream.train.config import stream_weights
 
 Batch = dict[str, jax.Array]
@@ -77,20 +78,12 @@ def cross_entropy(model: Transformer, hidden, labels, valid, *, remat=False):
     logits = model.logits(hidden)
     right = jnp.take_along_axis(logits, labels[..., None], -1)[..., 0]
     ce = jax.nn.logsumexp(logits, -1) - right
-    hit = _argmax(jax.lax.stop_gradient(logits)) == labels
+    hit = argmax(jax.lax.stop_gradient(logits)) == labels
     return jnp.where(valid, ce, 0).sum(), (hit & valid).sum()
 
   graph, state = nnx.split(model)
   run = lambda state, hidden: sums(nnx.merge(graph, state), hidden)
   return (jax.checkpoint(run) if remat else run)(state, hidden)
-
-
-def _argmax(x: jax.Array) -> jax.Array:
-  """jnp.argmax along the last axis, by two plain reductions: much faster on a
-  CPU, where a reduction over pairs is not vectorised."""
-  ids = jnp.arange(x.shape[-1], dtype=jnp.int32)
-  top = x == x.max(-1, keepdims=True)
-  return jnp.where(top, ids, x.shape[-1]).min(-1)
 
 
 def loss(

@@ -107,6 +107,4 @@ def with_base(state: TrainState, base: Weights) -> TrainState:
       for path, w in own.items()
     }
 
-  return state.replace(
-    trained=place(state.trained), frozen=place(state.frozen)
-  )
+  return state.replace(trained=place(state.trained), frozen=place(state.frozen))

@@ -48,9 +48,7 @@ def make_step(
     else:
       parts = _split(batch, config.accumulate, mesh)
       one = jax.tree.map(lambda x: x[0], parts)
-      start = jax.eval_shape(
-        gradient, state.trained, state.frozen, one, count
-      )
+      start = jax.eval_shape(gradient, state.trained, state.frozen, one, count)
       start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), start)
       (grads, metrics), _ = jax.lax.scan(add, start, parts)
     updates, opt_state = tx.update(grads, state.opt_state, state.trained)

@@ -1,0 +1,198 @@
+"""Runs on disk: what comes back, and what a damaged one says."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from spec_stream import checkpoints, sharding, weights
+from spec_stream.data.pipeline import DataConfig
+from spec_stream.data.tokenizer import Tokenizer
+from spec_stream.errors import UserError
+from spec_stream.models.config import to_dict
+from spec_stream.train import fit
+from spec_stream.train import state as states
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+  """(workdir of a run with checkpoints 3 and 5, the weights of step 5)."""
+  workdir = tmp_path_factory.mktemp("run")
+  texts = (text for pair in tiny.pairs() for text in pair)
+  tokenizer = Tokenizer.train(texts, tiny.DATA["vocab_size"])
+  model = dataclasses.replace(tiny.SMALL, vocab_size=tokenizer.vocab_size)
+  data = DataConfig(**tiny.DATA)
+  checkpoints.write_config(workdir, fit.describe(model, data, tiny.TRAIN))
+  tokenizer.save(str(workdir / "tokenizer.json"))
+  state, _ = states.init(model, tiny.TRAIN, sharding.make_mesh())
+  source = tiny.iterator()
+  with checkpoints.Saver(workdir, keep=2) as saver:
+    for step in range(1, 6):
+      next(source)
+      if step in (1, 3, 5):
+        one = {path: x + step for path, x in state.weights.items()}
+        saver.save(step, one, state.opt_state, source)
+  return workdir, one, state
+
+
+@pytest.fixture
+def workdir(saved, tmp_path):
+  """A copy to damage."""
+  return pathlib.Path(shutil.copytree(saved[0], tmp_path / "run"))
+
+
+def contents(folder):
+  return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def same(model, values):
+  found = weights.to_weights(model)
+  return found.keys() == values.keys() and all(
+    np.array_equal(found[path], values[path]) for path in values
+  )
+
+
+def refuses(workdir, message, **step):
+  """load_run says `message` in one line and writes nothing."""
+  before = contents(workdir) if workdir.exists() else {}
+  with pytest.raises(UserError, match=message) as caught:
+    checkpoints.load_run(workdir, **step)
+  assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+  assert (contents(workdir) if workdir.exists() else {}) == before
+
+
+def test_load_run_gives_back_what_was_saved(saved):
+  workdir, values, state = saved
+  run = checkpoints.load_run(workdir)
+  assert run.step == 5 and same(run.model, values)
+  assert run.config["train"]["steps"] == tiny.TRAIN.steps
+  assert to_dict(run.model.config) == run.config["model"]
+  assert run.tokenizer.decode(run.tokenizer.encode("red")) == "red"
+  older = checkpoints.load_run(str(workdir), step=3)
+  assert older.step == 3
+  assert same(older.model, {p: x + 3 for p, x in state.weights.items()})
+
+
+def test_the_last_ones_are_kept(saved):
+  assert checkpoints.steps(saved[0]) == [3, 5]
+
+
+def test_restore_gives_back_optimizer_and_iterator(workdir, saved):
+  _, values, state = saved
+  target = jax.tree.map(np.zeros_like, (state.weights, state.opt_state))
+  target = jax.device_put(target, jax.devices()[0])
+  fresh = tiny.iterator()
+  with checkpoints.Saver(workdir, keep=2) as saver:
+    found, opt_state = saver.restore(5, *target, fresh)
+  assert jax.tree.all(jax.tree.map(np.array_equal, found, values))
+  assert jax.tree.structure(opt_state) == jax.tree.structure(state.opt_state)
+  assert jax.tree.all(jax.tree.map(np.array_equal, opt_state, state.opt_state))
+  whole = tiny.iterator()
+  expected = [next(whole) for _ in range(8)][5:]
+  assert [next(fresh) for _ in range(3)] == expected
+
+
+def test_a_half_written_checkpoint_is_none(workdir):
+  shutil.copytree(
+    workdir / "checkpoints/5",
+    workdir / "checkpoints/9.orbax-checkpoint-tmp",
+  )
+  assert checkpoints.steps(workdir) == [3, 5]
+  assert checkpoints.load_run(workdir).step == 5
+
+
+def files(workdir, item):
+  folder = workdir / "checkpoints/5" / item
+  return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+# Tasks that orbax leaves behind when a read fails.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("damage", ["delete", "truncate", "empty"])
+def test_damaged_weights_are_an_error_or_do_no_harm(workdir, saved, damage):
+  """Whatever file is damaged: the weights come back whole, or one line."""
+  refused = []
+  for path in files(workdir, "weights"):
+    good = path.read_bytes()
+    if damage == "delete":
+      path.unlink()
+    else:
+      path.write_bytes(good[: len(good) // 2 if damage == "truncate" else 0])
+    before = contents(workdir)
+    try:
+      assert same(checkpoints.load_run(workdir).model, saved[1]), path
+    except UserError as e:
+      assert "checkpoints/5 cannot be read" in str(e)
+      assert "\n" not in str(e)
+      refused.append(path)
+    assert contents(workdir) == before
+    path.write_bytes(good)
+  # The arrays themselves are among what cannot be missed.
+  biggest = max(files(workdir, "weights"), key=lambda p: p.stat().st_size)
+  assert biggest in refused
+
+
+def test_a_missing_item(workdir):
+  shutil.rmtree(workdir / "checkpoints/5/weights")
+  refuses(workdir, "checkpoints/5 cannot be read")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_resume_from_damage_is_refused(workdir, saved):
+  _, _, state = saved
+  arrays = [p for p in files(workdir, "optimizer") if p.parent.name == "d"]
+  arrays = max(arrays, key=lambda p: p.stat().st_size)
+  for path in (arrays, *files(workdir, "data")[1:]):
+    good = path.read_bytes()
+    path.write_bytes(good[: len(good) // 2])
+    with checkpoints.Saver(workdir, keep=2) as saver:
+      with pytest.raises(UserError, match="checkpoints/5 cannot be read"):
+        saver.restore(5, state.weights, state.opt_state, tiny.iterator())
+    path.write_bytes(good)
+
+
+def test_another_model_than_the_saved_one(workdir):
+  config = checkpoints.read_config(workdir)
+  config["model"]["ffw_dim"] = 48
+  checkpoints.write_config(workdir, config)
+  refuses(workdir, "checkpoints/5 cannot be read")
+
+
+def test_what_is_missing_is_named(workdir, tmp_path):
+  refuses(tmp_path / "nowhere", "nowhere: no such directory")
+  refuses(tmp_path, "no config.json")
+  refuses(workdir, "no checkpoint of step 4; it has: 3, 5", step=4)
+  tokenizer = (workdir / "tokenizer.json").read_text()
+  (workdir / "tokenizer.json").write_text(tokenizer[:500])
+  refuses(workdir, "tokenizer.json")
+  (workdir / "tokenizer.json").unlink()
+  refuses(workdir, "no tokenizer.json")
+  (workdir / "tokenizer.json").write_text(tokenizer)
+  shutil.rmtree(workdir / "checkpoints")
+  refuses(workdir, "no complete checkpoint")
+
+
+def test_a_tokenizer_of_another_vocabulary(workdir):
+  other = Tokenizer.train(["red green blue"], 270)
+  other.save(str(workdir / "tokenizer.json"))
+  size = other.vocab_size
+  refuses(workdir, rf"has {size} tokens, but the model has \d+")
+
+
+@pytest.mark.parametrize(
+  "text", ["", '{"model": ', "[]", "{}", '{"model": {"widht": 3}}']
+)
+def test_a_config_that_is_none(workdir, text):
+  (workdir / "config.json").write_text(text)
+  refuses(workdir, "config")
+
+
+def test_config_names_the_commit_of_a_checkout(saved):
+  config = json.loads((saved[0] / "config.json").read_text())
+  assert set(config) == {"model", "data", "train", "commit"}
+  assert config["commit"] == checkpoints.git_commit()

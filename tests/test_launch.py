@@ -1,0 +1,385 @@
+"""generate, benchmark and evaluate, by their flags, on a run made in a second.
+
+A process for each launcher makes all its calls: starting python and jax is what
+takes the time. The text of a mistake is one line, and nothing is written.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import orbax.checkpoint as ocp
+import pytest
+from tiny import DATA, SMALL, pairs
+
+from spec_stream import checkpoints, results, trace_view, weights
+from spec_stream.data.tokenizer import Tokenizer
+from spec_stream.models.config import to_dict
+
+TESTS = pathlib.Path(__file__).parent
+LAUNCH = TESTS.parent / "launch"
+# Makes each call as the shell would, but for the start of the process.
+DRIVER = """
+import contextlib, importlib, io, json, sys
+name, calls = sys.argv[1], json.load(sys.stdin)
+import common, tiny
+from absl import flags
+launcher = importlib.import_module(name)
+tiny.use_small_data()
+done = []
+for args, before in calls:
+  flags.FLAGS.unparse_flags()
+  for flag in flags.FLAGS:
+    flags.FLAGS[flag].unparse()
+  sys.argv = [f"launch/{name}.py", *args]
+  out, err, code = io.StringIO(), io.StringIO(), 0
+  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    try:
+      exec(before)
+      argv = common._parse(sys.argv)
+      code = common._guard(launcher.main, argv) or 0
+    except SystemExit as stop:
+      code = stop.code or 0
+  done.append([code, out.getvalue(), err.getvalue()])
+print(json.dumps(done))
+"""
+
+
+@dataclasses.dataclass
+class Done:
+  code: int
+  out: str
+  err: str
+
+  def objects(self):
+    return [json.loads(line) for line in self.out.splitlines()]
+
+
+def call_all(name, calls, folder):
+  """{what: (arguments, python run before them)} -> {what: Done}."""
+  env = dict(os.environ, JAX_PLATFORMS="cpu")
+  env["PYTHONPATH"] = os.pathsep.join(map(str, (LAUNCH, TESTS, TESTS.parent)))
+  env["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # compiles faster
+  done = subprocess.run(
+    [sys.executable, "-c", DRIVER, name],
+    input=json.dumps([*calls.values()]),
+    cwd=folder,
+    env=env,
+    capture_output=True,
+    text=True,
+    timeout=600,
+  )
+  assert done.returncode == 0, done.stderr
+  made = [Done(*d) for d in json.loads(done.stdout.splitlines()[-1])]
+  return dict(zip(calls, made, strict=True))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A run with fresh weights, and others that something is wrong with."""
+  folder = tmp_path_factory.mktemp("runs")
+  run = folder / "run"
+  texts = [text for pair in pairs() for text in pair]
+  tokenizer = Tokenizer.train(texts, DATA["vocab_size"])
+  model = dataclasses.replace(
+    SMALL, vocab_size=tokenizer.vocab_size, max_positions=64
+  )
+  data = DATA | {"dataset": "restaurants"}
+  checkpoints.write_config(run, {"model": to_dict(model), "data": data})
+  tokenizer.save(str(run / "tokenizer.json"))
+  with ocp.StandardCheckpointer() as writer:
+    values = weights.init(model, seed=1)
+    writer.save(run / "checkpoints" / "3" / "weights", values)
+  for name in ("no_tokenizer", "other_tokenizer", "torn"):
+    shutil.copytree(run, folder / name)
+  (folder / "no_tokenizer" / "tokenizer.json").unlink()
+  Tokenizer.train(texts, 270).save(f"{folder}/other_tokenizer/tokenizer.json")
+  files = [p for p in (folder / "torn" / "checkpoints").rglob("*/d/*")]
+  largest = max(files, key=lambda p: p.stat().st_size)
+  largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+  (folder / "p.jsonl").write_text(
+    '{"prompt": "red big"}\n{"token_ids": [1, 40, 41, 2], "seed": 5}\n'
+    '{"prompt": "old new small"}\n'
+  )
+  (folder / "bad.jsonl").write_text('{"prompt": "red"}\n{"promt": "blue"}\n')
+  (folder / "deep.json").write_text("[[0], [0, 0]]")
+  (folder / "words.json").write_text('{"a": 1}')
+  return folder
+
+
+def tree_of(folder):
+  """What lies in a folder: {path: content}."""
+  files = [p for p in folder.rglob("*") if p.is_file()]
+  return {p.relative_to(folder): p.read_bytes() for p in files}
+
+
+def one_line(done, *words):
+  assert done.code == 1, done
+  assert done.out == "" and done.err.count("\n") == 1, done
+  assert done.err.startswith("error: "), done
+  for word in words:
+    assert word in done.err, done
+
+
+# -- generate ----------------------------------------------------------------
+
+RUN = "--workdir=run"
+SHORT = (RUN, "--max_new_tokens=9")
+FILE = (*SHORT, "--prompts_file=p.jsonl", "--json", "--temperature=0.9")
+COLOURS = "sys.stdout.isatty = lambda: True"
+GENERATE = {
+  "none": ([*FILE, "--drafter=none"], ""),
+  "streams": ([*FILE, "--tree_nodes=3", "--batch=2"], ""),
+  "chain": ([*FILE, "--tree=chain"], ""),
+  "ids": (
+    ["--workdir=no_tokenizer", "--token_ids=5 17 30", "--json"]
+    + ["--max_new_tokens=4"],
+    "",
+  ),
+  "text": ([*SHORT, "--prompt=red big"], ""),
+  "bare": ([*SHORT, "--prompt=red big", "--nostats"], ""),
+  "steps": ([*SHORT, "--prompt=red big", "--show_steps"], ""),
+  "colours": ([*SHORT, "--prompt=red big", "--show_steps"], COLOURS),
+  "no colours": (
+    [*SHORT, "--prompt=red big", "--show_steps"],
+    COLOURS + "; import os; os.environ['NO_COLOR'] = '1'",
+  ),
+}
+MISTAKES = {
+  "unknown drafter 'nonsense': known ones are none, streams": (
+    [RUN, "--prompt=a", "--drafter=nonsense"]
+  ),
+  "nothing: no such directory": ["--workdir=nothing", "--prompt=a"],
+  "--workdir is needed": ["--prompt=a"],
+  "--token_ids: token 99999999 is outside the vocabulary, which ends at": (
+    [RUN, "--token_ids=99999999", "--json"]
+  ),
+  "do not fit the cache of 64": [RUN, "--token_ids=5 6", "--json"],
+  "tokens and 62 new ones do not fit the cache of 64": (
+    [RUN, "--prompt=red", "--max_new_tokens=62"]
+  ),
+  "is 2 deep but the model drafts with 1 streams": (
+    [*SHORT, "--prompt=a", "--tree=deep.json"]
+  ),
+  "best_first tree of 900 nodes does not fit": (
+    [*SHORT, "--prompt=a", "--tree_nodes=900"]
+  ),
+  "unknown tree 'oak'": [*SHORT, "--prompt=a", "--tree=oak"],
+  "--tree=no.json: no such file": [*SHORT, "--prompt=a", "--tree=no.json"],
+  "--tree=words.json: must hold a list of paths": (
+    [*SHORT, "--prompt=a", "--tree=words.json"]
+  ),
+  "has no pruner": [*SHORT, "--prompt=a", "--kept_nodes=2"],
+  "num_streams=4: this model was trained with 1": (
+    [*SHORT, "--prompt=a", "--num_streams=4"]
+  ),
+  'bad.jsonl, line 2: needs either "prompt" or "token_ids"': (
+    [*SHORT, "--prompts_file=bad.jsonl", "--json"]
+  ),
+  "no_tokenizer holds no tokenizer.json": (
+    ["--workdir=no_tokenizer", "--prompt=a"]
+  ),
+  "has 270 tokens, but the model has": (
+    ["--workdir=other_tokenizer", "--prompt=a"]
+  ),
+  "checkpoints/3 cannot be read": ["--workdir=torn", "--prompt=a"],
+  "give one of --prompt": [*SHORT, "--prompt=a", "--token_ids=5"],
+  "--show_steps": [*SHORT, "--prompt=a", "--json", "--show_steps"],
+  "max_new_tokens=0 must be 1 or more": (
+    [RUN, "--prompt=a", "--max_new_tokens=0"]
+  ),
+  "temperature must be": [*SHORT, "--prompt=a", "--temperature=-1"],
+}
+
+
+@pytest.fixture(scope="module")
+def generated(folder):
+  before = tree_of(folder)
+  mistakes = {says: (args, "") for says, args in MISTAKES.items()}
+  done = call_all("generate", GENERATE | mistakes, folder)
+  assert tree_of(folder) == before  # generating writes nothing
+  return done
+
+
+def test_generate_prints_the_same_tokens_whoever_drafts(generated):
+  none, *rest = (generated[d].objects() for d in ("none", "streams", "chain"))
+  assert len(none) == 3 and generated["none"].err == ""
+  for answer in none:
+    assert answer.keys() == {
+      "text", "token_ids", "target_calls", "tokens_per_call"
+    }  # fmt: skip
+    assert answer["target_calls"] == len(answer["token_ids"]) <= 9
+    assert answer["tokens_per_call"] == 1
+  tokens = lambda answers: [(a["token_ids"], a["text"]) for a in answers]
+  for answers in rest:
+    assert tokens(answers) == tokens(none)
+  assert len({tuple(a["token_ids"]) for a in none}) == 3
+
+
+def test_generate_without_a_tokenizer(generated):
+  (answer,) = generated["ids"].objects()
+  assert answer["text"] is None and len(answer["token_ids"]) == 4
+
+
+def test_generate_shows_text_steps_and_counts(generated):
+  bare = generated["bare"].out
+  text, counts = generated["text"].out.rsplit("\n", 2)[:2]
+  assert text + "\n" == bare
+  words = counts.split()
+  tokens, calls = int(words[0]), int(words[3])
+  assert counts.startswith(f"{tokens} tokens in {calls} calls, ")
+  assert f"{tokens / calls:.2f} tokens per call" in counts
+  steps = generated["steps"].out.rsplit("\n", 2)[0]
+  assert steps.startswith("[") and steps.endswith("]")
+  assert 1 < steps.count("][") + 1 <= calls
+  assert steps[1:-1].replace("][", "") == text
+  coloured = generated["colours"].out.rsplit("\n", 2)[0]
+  assert coloured.endswith("\x1b[0m")
+  pieces = coloured.split("\x1b[0m")[:-1]
+  assert len({piece[:5] for piece in pieces}) == 2  # in turns
+  assert all(a[:5] != b[:5] for a, b in zip(pieces, pieces[1:]))
+  assert "".join(piece[5:] for piece in pieces) == text
+  assert "\x1b" not in generated["no colours"].out
+
+
+@pytest.mark.parametrize("says", MISTAKES)
+def test_generate_says_a_mistake_in_one_line(generated, says):
+  one_line(generated[says], says)
+
+
+# -- benchmark ---------------------------------------------------------------
+
+MEASURE = [*SHORT, "--prompts=3", "--tree_nodes=3,2"]
+# Streams emit another second token than plain decoding does.
+WRONG = """
+from spec_stream import bench
+right = bench.collect
+def wrong(state):
+  made = right(state)
+  if state.tree.num_nodes > 1:
+    made[0].token_ids[1] += 1
+  return made
+bench.collect = wrong
+"""
+FIELDS = (
+  "method dataset mode num_streams num_stream_layers tree tree_nodes accept "
+  "temperature batch prompts tokens target_calls tokens_per_call ms_per_token "
+  "ms_to_first_token tokens_per_second speedup speedup_low speedup_high "
+  "speedup_request identical extra_params compile_seconds recompiles device "
+  "dtype jax commit seed run_id step_ms step_cost max_tie_margin "
+  "tokens_per_call_by_position accept_by_depth date command baseline"
+).split()
+
+
+@pytest.fixture(scope="module")
+def benchmarked(folder):
+  return call_all(
+    "benchmark",
+    {
+      "unknown drafter 'medusa'": ([RUN, "--drafters=none,medusa"], ""),
+      "--tree_nodes=4,x": ([RUN, "--tree_nodes=4,x"], ""),
+      "repeats=0 must be": ([RUN, "--repeats=0"], ""),
+      "unknown split 'tests'": ([RUN, "--split=tests"], ""),
+      "good": (MEASURE, ""),
+      "wrong": ([*MEASURE, "--prompts=2", "--tree_nodes=3"], WRONG),
+    },
+    folder,
+  )
+
+
+def test_benchmark_prints_a_table_and_adds_its_rows(folder, benchmarked):
+  good = benchmarked["good"]
+  assert good.code == 0, good
+  path = folder / "run" / "results.jsonl"
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  first, second = results.by_run(rows)  # neither took the other's away
+  results.check(rows, path)
+  names = ["none", "none (no streams)", "none (A against A)", "streams"]
+  assert [r["method"] for r in first] == [*names, "streams"]
+  assert [r["tree_nodes"] for r in first] == [1, 1, 1, 3, 2]
+  assert [r["method"] for r in second] == names
+  for row in first:
+    assert not [f for f in FIELDS if f not in row]
+    assert row["recompiles"] == 0 and row["prompts"] == 3
+    assert row["identical"] == (None if "no str" in row["method"] else 1)
+    assert row["command"].startswith("launch/benchmark.py --workdir=run")
+  assert first[2]["noise_low"] <= first[2]["noise_high"]
+  table = good.out.splitlines()
+  assert table[0].startswith("method") and len(table) == 7
+  assert "Speed-ups are against 'none" in table[-1]
+  assert "A against A" in table[-1] and first[0]["device"] in table[-1]
+  trace = json.loads((folder / "run" / "trace.json").read_text())
+  trace_view.check(trace, "trace.json")
+  assert max(len(step["nodes"]) for step in trace["steps"]) == 3
+
+
+def test_benchmark_fails_where_tokens_differ(benchmarked):
+  wrong = benchmarked["wrong"]
+  assert wrong.code == 1 and " 0.0%" in wrong.out
+  (line,) = [x for x in wrong.err.splitlines() if x.startswith("BUG: ")]
+  assert "streams (3 nodes) departs" in line and "new token 1" in line
+
+
+def test_benchmark_says_a_mistake_in_one_line(benchmarked):
+  for says, done in benchmarked.items():
+    if says not in ("good", "wrong"):
+      one_line(done, says)
+
+
+# -- evaluate ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def evaluated(folder):
+  shutil.copytree(folder / "run", folder / "scored")
+  workdir = "--workdir=scored"
+  return call_all(
+    "evaluate",
+    {
+      "unknown drafter 'x'": ([workdir, "--drafter=x"], ""),
+      "unknown split 'tests'": ([workdir, "--split=tests"], ""),
+      "batch=0": ([workdir, "--batch=0"], ""),
+      "good": ([workdir, "--prompts=3", "--max_new_tokens=6"], ""),
+    },
+    folder,
+  )
+
+
+def test_evaluate_scores_and_shows_samples(folder, evaluated):
+  good = evaluated["good"]
+  assert good.code == 0, good
+  quality = json.loads((folder / "scored" / "quality.json").read_text())
+  assert quality["prompts"] == 3 and quality["dataset"] == "restaurants"
+  assert 0 <= quality["rougeLsum"] <= quality["rouge1"] <= 100
+  assert {"commit", "step", "date", "split", "max_new_tokens"} <= set(quality)
+  assert good.out.count("reference  ") == 2
+  last = good.out.splitlines()[-1]
+  assert f"ROUGE-1 {quality['rouge1']:.2f}" in last and "best of" in last
+
+
+def test_evaluate_says_a_mistake_in_one_line(evaluated):
+  for says in set(evaluated) - {"good"}:
+    one_line(evaluated[says], says)
+
+
+# -- help --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["generate", "benchmark", "evaluate"])
+def test_help_is_quick_and_about_our_flags(name):
+  done = subprocess.run(
+    [sys.executable, LAUNCH / f"{name}.py", "--help"],
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  assert done.returncode == 0 and done.stderr == ""
+  for flag in ("--workdir", "--tree_nodes", "--max_new_tokens"):
+    assert f"\n  {flag}\n" in done.stdout
+  assert f"launch/{name}.py --workdir=" in done.stdout
+  assert "--logtostderr" not in done.stdout  # of a library
+  assert max(map(len, done.stdout.splitlines())) <= 80

@@ -1,0 +1,206 @@
+"""The property above all: the tokens of plain decoding, whatever the draft.
+
+Random models, trees, modes, prompts, lengths, limits, seeds, temperatures: in
+float64 without a single difference; in float32 with none but ties.
+"""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_models import (
+  CASES,
+  as_float32,
+  random_model,
+  random_requests,
+  row,
+)
+
+from spec_stream import ties
+from spec_stream.decode import collect, generate, stream
+from spec_stream.decode import Decoder
+from spec_stream.drafters.none import NoDraft
+from spec_stream.drafters.streams import StreamDraft
+from spec_stream.models.config import ModelConfig, StreamConfig
+from spec_stream.sampling import make as make_sampling
+from spec_stream.tree import TreeSpec
+
+SEEDS = st.integers(0, 2**32 - 1)
+# Some row must be sampled and filtered, so that each example runs one program.
+FORCED = dict(temperature=0.9, top_k=3)
+
+
+def requests(seed):
+  prompts, options = random_requests(seed)
+  for name, value in FORCED.items():
+    options[name] = np.array([value, *options[name][1:]])
+  return prompts, options
+
+
+def check_counts(out, limit, end_token):
+  """tokens == target calls + accepted, up to what end and limit cut."""
+  tokens, accepted = len(out.token_ids), sum(out.accepts[1:])
+  cut = out.target_calls + accepted - tokens
+  assert 0 <= cut < len(out.accepts)
+  assert tokens <= limit
+  ends = [i for i, token in enumerate(out.token_ids) if token == end_token]
+  assert ends in ([], [tokens - 1])
+  if cut:  # only a row that came to its end loses tokens
+    assert ends or tokens == limit
+  assert out.accepts[0] == out.target_calls - 1
+  assert out.calls == sorted(out.calls)
+  assert out.calls[-1] == out.target_calls - 1
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tokens_are_those_of_plain_decoding(x64, name):
+  config, drafter = CASES[name]
+  accepted = []
+
+  @settings(max_examples=12)
+  @given(SEEDS)
+  def check(seed):
+    model = random_model(config, seed)
+    prompts, options = requests(seed)
+    plain = generate(model, prompts, NoDraft(), **options)
+    fast = generate(model, prompts, drafter, **options)
+    for i, (a, b) in enumerate(zip(plain, fast)):
+      assert a.token_ids == b.token_ids
+      assert a.target_calls == len(a.token_ids)
+      check_counts(b, options["max_new_tokens"][i], options["end_token"])
+      accepted.append(sum(b.accepts[1:]))
+
+  check()
+  assert sum(accepted) > 0  # or nothing was tested
+
+
+@pytest.mark.parametrize("name", ["shared, main attends", "lossless"])
+def test_greedy_program_and_streaming(x64, name):
+  config, drafter = CASES[name]
+  for seed in range(4):
+    model = random_model(config, seed)
+    prompts, options = random_requests(seed)
+    greedy = {k: options[k] for k in ("max_new_tokens", "end_token")}
+    plain = generate(model, prompts, NoDraft(), **greedy)
+    fast = generate(model, prompts, drafter, **greedy)
+    assert [x.token_ids for x in plain] == [x.token_ids for x in fast]
+    steps = list(stream(model, prompts[0], drafter, **row(greedy, 0)))
+    assert sum((x.token_ids for x in steps), []) == plain[0].token_ids
+    assert len(steps) == fast[0].target_calls
+    for x in steps[1:]:
+      assert x.path[0] == 0 and len(x.path) >= len(x.token_ids)
+
+
+@pytest.mark.parametrize("name", ["shared, pruned", "lossless"])
+def test_a_row_in_a_batch_gives_what_it_gives_alone(x64, name):
+  config, drafter = CASES[name]
+  for seed in range(5):
+    model = random_model(config, seed)
+    prompts, options = requests(seed)
+    together = generate(model, prompts, drafter, **options)
+    for i, expected in enumerate(together):
+      one = {**row(options, i)}
+      # The same program for each row: a sampled, filtered companion.
+      pair = {k: np.array([v, options[k][0]]) if k != "end_token" else v
+              for k, v in one.items()}
+      alone = generate(model, [prompts[i], prompts[0]], drafter, **pair)[0]
+      assert alone == expected
+
+
+@pytest.mark.parametrize("name", ["shared, main attends", "lossless"])
+def test_float32_differs_in_ties_alone(name):
+  config, drafter = CASES[name]
+  config = as_float32(config)
+  for seed in range(25):
+    model = random_model(config, seed)
+    prompts, options = requests(seed)
+    plain = generate(model, prompts, NoDraft(), **options)
+    fast = generate(model, prompts, drafter, **options)
+    keys = ("temperature", "top_k", "top_p", "seed")
+    found = ties.compare(
+      model,
+      prompts,
+      [x.token_ids for x in plain],
+      [x.token_ids for x in fast],
+      [
+        make_sampling(1, **{k: row(options, i)[k] for k in keys})
+        for i in range(len(prompts))
+      ],
+    )
+    assert all(x.margin < 1e-4 for x in found), list(map(str, found))
+
+
+def test_limits_and_ends_inside_a_path(x64):
+  """A model that repeats one token: the whole chain is always accepted."""
+  config, _ = CASES["shared, first version"]
+  drafter = StreamDraft(TreeSpec("chain"))
+  model = random_model(config, 0)
+  model.embed.table[...] = np.zeros((11, 16))
+  table = np.zeros((11, 16))
+  table[:, 0] = -1.0
+  table[7, 0] = 5.0
+  model.embed.table[...] = table
+  model.final_norm.scale[...] = np.eye(16)[0]
+  # Hidden is +-e_0 after the final norm; its sign is the same for all rows.
+  plain = generate(model, [[1, 2]], NoDraft(), max_new_tokens=9)[0]
+  (token,) = set(plain.token_ids)
+  for limit in range(1, 10):
+    out = generate(model, [[1, 2]], drafter, max_new_tokens=limit)[0]
+    assert out.token_ids == [token] * limit
+    assert out.target_calls == 1 + -(-(limit - 1) // 4)
+  out = generate(
+    model, [[1, 2]], drafter, max_new_tokens=9, end_token=token
+  )[0]
+  assert out.token_ids == [token] and out.target_calls == 1
+
+
+@pytest.mark.slow
+def test_many_random_cases(x64):
+  """Shapes vary too: hundreds of programs, minutes of compiling."""
+  rng = np.random.default_rng(0)
+  for seed in range(60):
+    lossless = bool(rng.integers(2))
+    kv_heads, layers = int(rng.integers(1, 3)), int(rng.integers(1, 4))
+    streams = StreamConfig(
+      num_streams=int(rng.integers(1, 5)),
+      num_stream_layers=int(rng.integers(1, layers + 1)),
+      mode="lossless" if lossless else "shared",
+      main_attends_streams=bool(rng.integers(2)),
+      lora_rank=int(rng.integers(0, 3)),
+      stream_position=str(rng.choice(["future", "same"])),
+    )
+    config = ModelConfig(
+      vocab_size=int(rng.integers(5, 14)),
+      width=12,
+      num_layers=layers,
+      num_heads=2 * kv_heads,
+      num_kv_heads=kv_heads,
+      head_dim=4,
+      ffw_dim=16,
+      max_positions=64,
+      tie_embeddings=bool(rng.integers(2)),
+      dtype="float64",
+      param_dtype="float64",
+      streams=streams,
+    )
+    tree = TreeSpec("best_first", int(rng.integers(2, 6)))
+    batch = int(rng.integers(1, 5))
+    model = random_model(config, seed)
+    prompts, options = random_requests(seed, batch)
+    prompts = [[t % config.vocab_size for t in p] for p in prompts]
+    options["end_token"] = -1
+    plain = generate(model, prompts, NoDraft(), **options)
+    fast = generate(model, prompts, StreamDraft(tree), **options)
+    assert [x.token_ids for x in plain] == [x.token_ids for x in fast], config
+
+
+def test_finish_is_start_and_steps(x64):
+  """The compiled loop and single steps are the same function."""
+  config, drafter = CASES["lossless"]
+  prompts, options = requests(3)
+  decoder = Decoder(random_model(config, 3), drafter)
+  looped = collect(decoder.finish(decoder.start(prompts, **options)))
+  state = decoder.start(prompts, **options)
+  while not state.done.all():
+    state = decoder.step(state)
+  assert collect(state) == looped

@@ -1,0 +1,167 @@
+"""Prompts of a user: read, refused, answered in order; text without halves."""
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import SMALL, make_model
+
+from spec_stream import requests
+from spec_stream.data.tokenizer import Tokenizer
+from spec_stream.decode import generate
+from spec_stream.detokenize import Detokenizer, token_text
+from spec_stream.drafters.none import NoDraft
+from spec_stream.drafters.streams import StreamDraft
+from spec_stream.errors import UserError
+from spec_stream.tree import TreeSpec
+
+TEXT = "the café is 楽しい — naïve 🍜🍣 and ok"
+TOKENIZER = Tokenizer.train([TEXT] * 3, 280)
+
+
+# -- reading -----------------------------------------------------------------
+
+
+def test_one_source_of_prompts():
+  (text,) = requests.read("name[A]", None, None, 7)
+  assert (text.text, text.token_ids, text.seed) == ("name[A]", None, 7)
+  (ids,) = requests.read(None, "5 17,3", None, 0)
+  assert ids.token_ids == (5, 17, 3) and ids.words() == "5 17 3"
+  for args in ((None, None, None), ("a", "5", None), (None, "5", "f")):
+    with pytest.raises(UserError, match="give one of --prompt"):
+      requests.read(*args, 0)
+  for bad in ("5 x", "", "1.5"):
+    with pytest.raises(UserError, match="--token_ids"):
+      requests.read(None, bad, None, 0)
+  with pytest.raises(UserError, match="--prompt is empty"):
+    requests.read(" ", None, None, 0)
+
+
+def test_a_file_of_prompts(tmp_path):
+  path = tmp_path / "p.jsonl"
+  path.write_text('{"prompt": "é"}\n\n{"token_ids": [4, 5], "seed": 9}\n')
+  text, ids = requests.read(None, None, str(path), 3)
+  assert (text.text, text.seed) == ("é", 3)
+  assert (ids.token_ids, ids.seed) == ((4, 5), 9)
+  assert ids.name.endswith("p.jsonl, line 3")
+
+
+@pytest.mark.parametrize(
+  ("line", "says"),
+  [
+    ('{"prompt": "a"', "line 2: not JSON"),
+    ('"a"', "line 2: not a JSON object"),
+    ("{}", 'line 2: needs either "prompt" or "token_ids"'),
+    ('{"prompt": "a", "token_ids": [1]}', "line 2: needs either"),
+    ('{"prompt": 3}', 'line 2: "prompt" must be text'),
+    ('{"token_ids": []}', 'line 2: "token_ids" must be a list of whole'),
+    ('{"token_ids": [1, true]}', 'line 2: "token_ids" must be a list'),
+    ('{"prompt": "a", "seed": -1}', 'line 2: "seed" must be'),
+  ],
+)
+def test_a_malformed_line_is_named(tmp_path, line, says):
+  path = tmp_path / "p.jsonl"
+  path.write_text(f'{{"prompt": "fine"}}\n{line}\n')
+  with pytest.raises(UserError, match=says):
+    requests.read(None, None, str(path), 0)
+
+
+def test_a_file_that_is_none(tmp_path):
+  with pytest.raises(UserError, match="no such file"):
+    requests.read(None, None, str(tmp_path / "nowhere"), 0)
+  (tmp_path / "empty").write_text("\n")
+  with pytest.raises(UserError, match="holds no prompt"):
+    requests.read(None, None, str(tmp_path / "empty"), 0)
+  (tmp_path / "latin").write_bytes(b'{"prompt": "\xe9"}')
+  with pytest.raises(UserError, match="not UTF-8"):
+    requests.read(None, None, str(tmp_path / "latin"), 0)
+
+
+def test_a_prompt_the_model_cannot_take():
+  config = dataclasses.replace(SMALL, max_positions=8)
+  encode = lambda ids, room: requests.Request("here", None, ids, 0).encode(
+    None, config, room
+  )
+  assert encode((1, 2, 18), 5) == [1, 2, 18]
+  for ids in ((19,), (-1,)):
+    with pytest.raises(UserError, match=r"here: token -?\d+ is outside.* 18"):
+      encode(ids, 5)
+  with pytest.raises(UserError, match="here: 3 tokens and 6 new ones do not"):
+    encode((1, 2, 3), 6)
+
+
+# -- text as it comes --------------------------------------------------------
+
+
+@given(
+  ids=st.lists(st.integers(0, TOKENIZER.vocab_size - 1), max_size=20)
+  | st.text(max_size=8).map(TOKENIZER.encode)
+  | st.just(TOKENIZER.encode(TEXT)),
+  data=st.data(),
+)
+def test_pieces_join_to_the_text_and_hold_no_half(ids, data):
+  pieces, detokenizer, rest = [], Detokenizer(TOKENIZER), ids
+  while rest:
+    count = data.draw(st.integers(1, 4))
+    pieces.append(detokenizer.push(rest[:count]))
+    rest = rest[count:]
+    # What was shown stays: it is a beginning of the text in the end.
+    assert TOKENIZER.decode(ids).startswith("".join(pieces))
+    assert not pieces[-1].endswith("\ufffd")
+  pieces.append(detokenizer.flush())
+  assert "".join(pieces) == TOKENIZER.decode(ids)
+
+
+def test_a_character_waits_for_its_last_byte():
+  ids = TOKENIZER.encode("𐍈")  # not in the corpus: one token a byte
+  assert len(ids) == 4
+  detokenizer = Detokenizer(TOKENIZER)
+  assert [detokenizer.push([i]) for i in ids] == ["", "", "", "𐍈"]
+  assert detokenizer.flush() == ""
+  detokenizer = Detokenizer(TOKENIZER)
+  assert detokenizer.push(ids[:2]) == "" and "\ufffd" in detokenizer.flush()
+
+
+def test_special_tokens_have_names():
+  names = [token_text(TOKENIZER, i) for i in range(4)]
+  assert names == ["<pad>", "<bos>", "<sep>", "<eos>"]
+  assert token_text(TOKENIZER, TOKENIZER.encode("a")[0]) == "a"
+
+
+# -- answering ---------------------------------------------------------------
+
+
+def test_answers_come_in_order_and_as_if_each_were_alone():
+  model = make_model(dataclasses.replace(SMALL, vocab_size=280))
+  found = [
+    requests.Request(f"{i}", None, tuple(range(4, 6 + i)), seed=5 + i % 2)
+    for i in range(3)
+  ]
+  settings = dict(max_new_tokens=6, end_token=3, temperature=1.0)
+  drafter = StreamDraft(TreeSpec(num_nodes=2))
+  got = list(requests.answers(model, TOKENIZER, found, drafter, 2, **settings))
+  for request, answer in zip(found, got, strict=True):
+    (alone,) = generate(
+      model, [request.token_ids], NoDraft(), seed=request.seed, **settings
+    )
+    assert answer["token_ids"] == alone.token_ids
+    assert answer["text"] == TOKENIZER.decode(alone.token_ids)
+    calls = answer["target_calls"]
+    per_call = len(alone.token_ids) / calls
+    assert answer["tokens_per_call"] == pytest.approx(per_call, abs=1e-4)
+    json.dumps(answer)
+  # The same, call by call.
+  steps = list(requests.pieces(model, TOKENIZER, found[0], drafter, **settings))
+  assert "".join(text for text, _ in steps) == got[0]["text"]
+  assert sum(count for _, count in steps) == len(got[0]["token_ids"])
+  assert sum(count > 0 for _, count in steps) == got[0]["target_calls"]
+  # Without a tokenizer the ids themselves are shown.
+  ids = list(requests.pieces(model, None, found[0], drafter, **settings))
+  words = "".join(text for text, _ in ids).split()
+  assert [int(word) for word in words] == got[0]["token_ids"]
+  (first, *_) = requests.answers(model, None, found, drafter, 2, **settings)
+  assert first == {**got[0], "text": None}
+  with pytest.raises(UserError, match="batch=0"):
+    next(requests.answers(model, None, found, drafter, 0, **settings))

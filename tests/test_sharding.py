@@ -1,0 +1,179 @@
+"""Placement: one rule a weight, and the same numbers on any mesh."""
+
+import dataclasses
+import importlib
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import PartitionSpec as P
+
+from spec_stream import checkpoints, sharding, weights
+from spec_stream.errors import UserError
+from spec_stream.models.config import ModelConfig, StreamConfig, from_dict
+from spec_stream.train import state as states
+from spec_stream.train.step import make_step
+
+ROOT = pathlib.Path(tiny.__file__).parent.parent
+# Everything that can be split is split by 2 x 2.
+MODEL = dataclasses.replace(
+  tiny.MODEL,
+  vocab_size=20,
+  streams=StreamConfig(2, 1, lora_rank=2, map_rank=2, prune_rank=2),
+)
+ROWS = 4 * (((3, 4), (2, 5)),)
+
+STREAMS = [
+  StreamConfig(),
+  StreamConfig(num_streams=0),
+  StreamConfig(lora_rank=4, lora_layers="all", map_rank=2),
+  StreamConfig(stream_id="rotation", lora_rank=2, mode="lossless"),
+]
+
+
+def config_files():
+  names = sorted(p.stem for p in (ROOT / "configs").glob("[!_]*.py"))
+  assert {"e2e_nlg", "restaurants"} <= set(names)
+  return names
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("streams", STREAMS)
+def test_each_weight_matches_one_rule(streams, tied):
+  config = ModelConfig(num_layers=3, tie_embeddings=tied, streams=streams)
+  for path, x in weights.shapes(config).items():
+    rule = sharding.spec(path)  # raises unless exactly one matches
+    assert len(rule) in (0, len(x.shape)), path
+  assert sharding.spec("blocks/31/ffw_norm/scale") == P()
+
+
+def test_each_rule_serves_some_weight():
+  paths = set()
+  for streams in STREAMS:
+    for tied in (True, False):
+      config = ModelConfig(num_layers=2, tie_embeddings=tied, streams=streams)
+      paths |= set(weights.shapes(config))
+  for pattern, _ in sharding.RULES:
+    assert any(re.fullmatch(pattern, path) for path in paths), pattern
+
+
+@pytest.mark.parametrize("name", config_files())
+def test_the_configs_split_over_two_by_two(name, monkeypatch):
+  monkeypatch.syspath_prepend(str(ROOT))
+  config = importlib.import_module(f"configs.{name}").get_config()
+  model = from_dict(
+    {**config.model.to_dict(), "vocab_size": config.data.vocab_size}
+  )
+  mesh = jax.sharding.AbstractMesh((2, 2, 2), sharding.AXES)
+  sharding.weight_shardings(mesh, weights.shapes(model))
+  sharding.check_batch(mesh, config.data.batch_size, config.train.accumulate)
+
+
+def test_a_mesh_that_does_not_fit_the_devices():
+  count = jax.device_count()
+  assert sharding.make_mesh().shape == {"data": count, "fsdp": 1, "tensor": 1}
+  with pytest.raises(UserError, match=f"does not fit {count} device"):
+    sharding.make_mesh(data=1, fsdp=count + 1)
+  with pytest.raises(UserError, match=f"does not fit {count} device"):
+    sharding.make_mesh(tensor=count + 1)
+  with pytest.raises(UserError, match="-1 at most once"):
+    sharding.make_mesh(data=-1, fsdp=-1)
+  with pytest.raises(UserError, match="sizes of 1 or more"):
+    sharding.make_mesh(data=0)
+
+
+@pytest.mark.parametrize(
+  "sizes, changes, message",
+  [
+    ((1, 1, 4), {}, "mesh.tensor=4 must divide model.num_kv_heads=2"),
+    ((1, 5, 1), dict(vocab_size=20), "mesh.fsdp=5 must divide model.width=16"),
+    ((1, 1, 2), dict(ffw_dim=23), "mesh.tensor=2 must divide model.ffw_dim=23"),
+    ((1, 2, 2), dict(vocab_size=19), "must divide the vocabulary"),
+  ],
+)
+def test_what_does_not_divide_is_named(sizes, changes, message):
+  mesh = jax.sharding.AbstractMesh(sizes, sharding.AXES)
+  shapes = weights.shapes(dataclasses.replace(MODEL, **changes))
+  with pytest.raises(UserError, match=message):
+    sharding.weight_shardings(mesh, shapes)
+
+
+def test_a_batch_that_does_not_divide():
+  mesh = jax.sharding.AbstractMesh((2, 2, 1), sharding.AXES)
+  sharding.check_batch(mesh, 8, 2)
+  with pytest.raises(UserError, match="batch_size=12 must be a multiple of 8"):
+    sharding.check_batch(mesh, 12, 2)
+
+
+# -- eight devices -----------------------------------------------------------
+
+
+def steps(mesh, accumulate=1):
+  """(losses of three steps, the state after them)."""
+  train = dataclasses.replace(tiny.TRAIN, accumulate=accumulate)
+  state, shardings = states.init(MODEL, train, mesh)
+  step = make_step(MODEL, train, mesh, shardings)
+  history = []
+  for seed in range(3):
+    state, metrics = step(state, tiny.make_batch(ROWS, vocab=20, seed=seed))
+    history.append({name: float(x) for name, x in metrics.items()})
+  return history, state
+
+
+def on_eight_devices(workdir):
+  """Run by `python tests/test_sharding.py WORKDIR` below."""
+  mesh = sharding.make_mesh(2, 2, 2)
+  history, state = steps(mesh)
+  placed = state.trained["blocks/0/attention/qkv/kernel"].sharding.spec
+  assert placed == P("fsdp", "tensor", None, None)
+  # The optimizer's moments lie where their weights do.
+  for moment in jax.tree.leaves(state.opt_state):
+    if moment.ndim:
+      assert moment.sharding.mesh.size == 8
+  shard = state.opt_state[-1][0].mu["embed/table"].addressable_shards[0]
+  assert shard.data.shape == (5, 16)
+  with checkpoints.Saver(workdir, keep=1) as saver:
+    saver.save(3, state.weights, state.opt_state, tiny.iterator())
+  other, _ = checkpoints.load_weights(
+    workdir, MODEL, mesh=sharding.make_mesh(4, 1, 2)
+  )
+  for path, x in state.weights.items():
+    assert np.array_equal(x, other[path]), path
+  print(json.dumps(history))
+
+
+def test_eight_devices_give_the_numbers_of_one(tmp_path):
+  eight = subprocess.run(
+    [sys.executable, __file__, str(tmp_path)],
+    env={
+      **os.environ,
+      "PYTHONPATH": str(ROOT),
+      "JAX_PLATFORMS": "cpu",
+      "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    },
+    capture_output=True,
+    text=True,
+    timeout=600,
+  )
+  assert eight.returncode == 0, eight.stderr
+  one, state = steps(sharding.make_mesh())
+  for a, b in zip(one, json.loads(eight.stdout), strict=True):
+    assert a.keys() == b.keys()
+    for name in a:
+      np.testing.assert_allclose(a[name], b[name], rtol=1e-5, atol=1e-6)
+  # What eight devices saved, this one reads.
+  values, step = checkpoints.load_weights(tmp_path, MODEL)
+  assert step == 3
+  for path, x in state.weights.items():
+    np.testing.assert_allclose(values[path], x, rtol=1e-3, atol=1e-4)
+
+
+if __name__ == "__main__":
+  on_eight_devices(sys.argv[1])
