@@ -46,6 +46,7 @@ def main(argv):
     metrics,
     task,
     text_table,
+    trace,
   )
   from spec_stream.progress import Progress
 
@@ -81,7 +82,9 @@ def main(argv):
   metrics.append_jsonl(workdir / "results.jsonl", rows)
   print(text_table.render(rows))
   print(bench_rows.note(rows))
-  _write_trace(workdir, run, chosen, results, settings)
+  shown = trace.of_largest(run, chosen, results, settings)
+  if shown:  # something drafted
+    task.write_json(workdir / "trace.json", shown)
   wrong = bench_rows.bugs(rows)
   for line in wrong:
     print(f"BUG: {line}", file=sys.stderr)
@@ -101,24 +104,6 @@ def _make_drafters():
   nodes = list(dict.fromkeys(nodes)) or [0]
   names = dict.fromkeys(name for name in _DRAFTERS.value if name != "none")
   return [drafting.make(name, n) for name in names for n in nodes]
-
-
-def _write_trace(workdir, run, prompts, results, settings):
-  """A prompt of middling length with the largest tree, if anything drafted."""
-  from spec_stream import task, trace
-
-  drafted = [r for r in results if r.drafter.num_nodes > 1]
-  if not drafted:
-    return
-  result = max(drafted, key=lambda r: r.drafter.num_nodes)
-  length = lambda i: len(result.generations[i].token_ids)
-  which = sorted(range(len(prompts)), key=length)[len(prompts) // 2]
-  seed = int(settings.seeds(len(prompts))[which])
-  settings = dataclasses.replace(settings, seed=seed)
-  found = trace.record(
-    run.model, run.tokenizer, prompts[which], result.drafter, settings
-  )
-  task.write_json(workdir / "trace.json", found)
 
 
 if __name__ == "__main__":

@@ -1,218 +1,28 @@
-"""Decoding: draft, verify, accept, commit, in one compiled loop.
+"""Decoding from the host: `generate` and `stream`, and what they compile.
 
-    prefill  the prompt -> first token (the root), first draft
-    step     verify the draft with one forward pass; accept its longest path
-             that the target would have drawn; commit the path's keys and
-             values; the target's last draw is the new root; draft again
-    loop     `lax.while_loop` over `step` until every row is done
+`generate` makes two compiled calls: the prefill, and `lax.while_loop` over
+`step` until every row is done, with the state donated. `stream` runs the same
+`step` call by call. Prompt lengths and limits are rounded up to buckets, so
+that a second prompt compiles nothing.
 
-Plain autoregressive decoding is the same loop with a tree of one node. Between
-steps, for each row: `cache.length == prompt length + num_tokens - 1`, since the
-root is emitted but not yet committed.
-
-Letters: B batch row, P prompt bucket, N most new tokens, M tree nodes, A
-longest path (root included), V vocabulary, D width.
+Letters: B batch row, M tree nodes.
 """
 
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 
-import flax.struct
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from spec_stream import accept
-from spec_stream.cache import KVCache, commit, empty
-from spec_stream.drafters.base import Accepted, Drafter, Params
+from spec_stream.drafters.base import Drafter, Params
 from spec_stream.drafters.streams import StreamDraft
 from spec_stream.errors import UserError
-from spec_stream.models.prune import prune
-from spec_stream.models.transformer import (
-  ALL,
-  Transformer,
-  causal_mask,
-  forward,
-  merge_lora,
-)
-from spec_stream.sampling import Sampling, draw
+from spec_stream.models.transformer import Transformer, merge_lora
 from spec_stream.sampling import make as make_sampling
-from spec_stream.tree import TokenTree, ancestors
-
-
-@flax.struct.dataclass
-class DecodeState:
-  cache: KVCache
-  tree: TokenTree  # the next draft; its roots are the last emitted tokens
-  drafter: object  # the drafter's own state
-  sampling: Sampling
-  limit: jax.Array  # [B] most tokens to emit
-  end_token: jax.Array  # [] int32, -1 for none
-  tokens: jax.Array  # [B, N + A] emitted tokens, then junk
-  calls: jax.Array  # [B, N + A] call of the target that emitted each token
-  num_tokens: jax.Array  # [B]
-  accepts: jax.Array  # [B, A] steps that accepted a node of each depth
-  done: jax.Array  # [B] bool
-
-  @property
-  def target_calls(self) -> jax.Array:
-    """[B] prefill and every step: roots are always accepted."""
-    return 1 + self.accepts[:, 0]
-
-
-def prefill(
-  params: Params,
-  drafter: Drafter,
-  prompt: jax.Array,
-  length: jax.Array,
-  limit: jax.Array,
-  end_token: jax.Array,
-  sampling: Sampling,
-  slots: int,
-  num_new: int,
-) -> DecodeState:
-  """One pass over the prompts [B, P] of `length` [B]; streams on the last."""
-  model, config = params.target, params.target.config
-  batch, bucket = prompt.shape
-  at = length[:, None] - 1
-  order = jnp.arange(bucket)
-  out = forward(
-    model,
-    prompt,
-    jnp.broadcast_to(order, prompt.shape),
-    causal_mask((order < length[:, None]).astype(jnp.int32)),
-    streams=at if drafter.num_streams else None,
-    num_streams=drafter.num_streams,
-  )
-  last = jnp.take_along_axis(out.main, at[:, :, None], 1)
-  logits = model.logits(last)
-  depth = jnp.zeros((batch, 1), jnp.int32)
-  root = draw(logits, depth, length - 1, 1, sampling)[:, 0]
-  cache = commit(
-    empty(
-      batch,
-      slots,
-      config.num_layers,
-      config.num_kv_heads,
-      config.head_dim,
-      config.dtype,
-    ),
-    out.kv,
-    None,
-    length,
-  )
-  tree, state = drafter.propose(
-    params,
-    drafter.init(params, batch),
-    Accepted(
-      root=root,
-      position=length,
-      tokens=prompt,
-      count=length,
-      hidden=out.main,
-      streams=None if out.streams is None else out.streams[:, 0],
-    ),
-  )
-  space = (batch, num_new + drafter.longest)
-  return DecodeState(
-    cache=cache,
-    tree=tree,
-    drafter=state,
-    sampling=sampling,
-    limit=limit,
-    end_token=end_token,
-    tokens=jnp.zeros(space, jnp.int32).at[:, 0].set(root),
-    calls=jnp.zeros(space, jnp.int32),
-    num_tokens=jnp.ones((batch,), jnp.int32),
-    accepts=jnp.zeros((batch, drafter.longest), jnp.int32),
-    done=(root == end_token) | (limit <= 1),
-  )
-
-
-def step(params: Params, drafter: Drafter, state: DecodeState) -> DecodeState:
-  """Draft-verify-accept-commit for every row; done rows stay as they are."""
-  model, longest = params.target, drafter.longest
-  tree, cache = state.tree, state.cache
-  with jax.named_scope("verify"):
-    keep = None
-    if drafter.prune:
-
-      def keep(early):
-        logits = model.early_logits(early)
-        kept, nodes = prune(tree, logits, drafter.prune, longest)
-        return nodes, kept
-
-    out = forward(
-      model,
-      tree.tokens,
-      cache.length[:, None] + tree.depth,
-      ancestors(tree.parents, longest),
-      cache=cache,
-      streams=ALL if drafter.num_streams else None,
-      num_streams=drafter.num_streams,
-      keep=keep,
-    )
-    tree = tree if keep is None else out.kept
-    logits = model.logits(out.main)
-  with jax.named_scope("accept"):
-    draws = draw(logits, tree.depth, cache.length, longest, state.sampling)
-    accepted = accept.exact(tree, draws, longest)
-    count, ended = _emitted(state, accepted)
-  with jax.named_scope("commit"):
-    cache = commit(cache, out.kv, accepted.path, count)
-    write = jax.vmap(jax.lax.dynamic_update_slice)
-    start = state.num_tokens[:, None]
-    calls = jnp.broadcast_to(state.target_calls[:, None], accepted.path.shape)
-    tokens = write(state.tokens, accepted.tokens, start)
-    calls = write(state.calls, calls.astype(jnp.int32), start)
-    depths = jnp.arange(longest) <= accepted.accepted_len[:, None]
-    accepts = state.accepts + (depths & ~state.done[:, None])
-  with jax.named_scope("draft"):
-    take = lambda x, at: jnp.take_along_axis(
-      x, at.reshape(*at.shape, *(1,) * (x.ndim - 2)), 1
-    )
-    last = accepted.last[:, None]
-    root = take(draws, last)[:, 0]
-    next_tree, drafter_state = drafter.propose(
-      params,
-      state.drafter,
-      Accepted(
-        root=root,
-        position=cache.length,
-        tokens=take(tree.tokens, accepted.path),
-        count=count,
-        hidden=take(out.main, accepted.path),
-        streams=None if out.streams is None else take(out.streams, last)[:, 0],
-      ),
-    )
-  return state.replace(
-    cache=cache,
-    tree=next_tree,
-    drafter=drafter_state,
-    tokens=tokens,
-    calls=calls,
-    num_tokens=state.num_tokens + count,
-    accepts=accepts,
-    done=state.done | ended,
-  )
-
-
-def _emitted(state: DecodeState, accepted: accept.Acceptance):
-  """Tokens each row emits [B], cut at the end token and the limit; and done."""
-  longest = accepted.tokens.shape[1]
-  count = accepted.accepted_len + 1
-  order = jnp.arange(longest)
-  is_end = (accepted.tokens == state.end_token) & (order < count[:, None])
-  has_end = is_end.any(1)
-  to_end = jnp.where(has_end, jnp.argmax(is_end, 1) + 1, longest)
-  count = jnp.minimum(count, to_end)
-  room = state.limit - state.num_tokens
-  ended = has_end | (count >= room)
-  count = jnp.where(state.done, 0, jnp.minimum(count, room))
-  return count.astype(jnp.int32), ended
-
+from spec_stream.step import DecodeState, prefill, step
+from spec_stream.tree import TokenTree
 
 # Jitted entry points. The module travels as (graphdef, weights): its structure
 # is static, its weights are arguments.

@@ -95,7 +95,10 @@ def filter_logits(
 
 
 def scores(
-  logits: jax.Array, depth: jax.Array, position: jax.Array, longest: int,
+  logits: jax.Array,
+  depth: jax.Array,
+  position: jax.Array,
+  longest: int,
   sampling: Sampling,
 ) -> jax.Array:
   """[B, M, V] whose argmax is the draw; see `draw`."""
@@ -113,7 +116,10 @@ def scores(
 
 
 def draw(
-  logits: jax.Array, depth: jax.Array, position: jax.Array, longest: int,
+  logits: jax.Array,
+  depth: jax.Array,
+  position: jax.Array,
+  longest: int,
   sampling: Sampling,
 ) -> jax.Array:
   """The target's own next token after each node, [B, M] int32.

@@ -1,13 +1,35 @@
 """One prompt, call by call, as a report draws it (trace.json)."""
 
+import dataclasses
 import math
+from collections.abc import Sequence
 
-from spec_stream.bench import Settings
+from spec_stream.bench import Measured, Settings
+from spec_stream.checkpoints import Run
 from spec_stream.decode import stream
 from spec_stream.detokenize import token_text
 from spec_stream.drafters.base import Drafter
 from spec_stream.models.transformer import Transformer
 from spec_stream.task import Prompt
+
+
+def of_largest(
+  run: Run,
+  prompts: Sequence[Prompt],
+  results: Sequence[Measured],
+  settings: Settings,
+) -> dict | None:
+  """`record` of the largest tree that was measured, on a prompt whose output
+  has the median length; None where nothing drafted."""
+  result = max(results, key=lambda r: r.drafter.num_nodes)
+  if result.drafter.num_nodes == 1:
+    return None
+  length = lambda i: len(result.generations[i].token_ids)
+  which = sorted(range(len(prompts)), key=length)[len(prompts) // 2]
+  seed = int(settings.seeds(len(prompts))[which])
+  settings = dataclasses.replace(settings, seed=seed)
+  prompt = prompts[which]
+  return record(run.model, run.tokenizer, prompt, result.drafter, settings)
 
 
 def record(

@@ -1,4 +1,4 @@
-"""Random models and requests of a few fixed shapes, so that programs are shared.
+"""Random models and requests of a few fixed shapes: programs are shared.
 
 Weights, prompts, lengths, limits, seeds and temperatures vary freely; what is
 static (configs, drafters, bucket sizes) comes from this short list.

@@ -162,14 +162,15 @@ def test_next_token_is_the_model_without_streams():
     (MODEL, dict(learning_rate=float("nan")), "train.learning_rate must not"),
     (MODEL, dict(stream_weight=(0.1, 0.2)), "2 numbers for 3 streams"),
     (lora(mode="lossless"), {}, "train.trainable=adapters"),
+    (lora(), dict(trainable="adapters"), "fresh and untrained"),
     (
       lora(num_streams=0, rank=0),
-      dict(trainable="adapters"),
+      dict(trainable="adapters", init_from="base"),
       "nothing to train",
     ),
     (
       lora(mode="lossless"),
-      dict(trainable="adapters", objective="next_token"),
+      dict(trainable="adapters", init_from="base", objective="next_token"),
       "would train nothing",
     ),
   ],

@@ -131,7 +131,9 @@ def train_iterator(
   pack = grain.experimental.FirstFitPackIterDataset(
     rows,
     length_struct=budget,
-    num_packing_bins=config.batch_size // process_count if config.packing else 1,
+    num_packing_bins=config.batch_size // process_count
+    if config.packing
+    else 1,
     max_sequences_per_bin=None if config.packing else 1,
     meta_features=("loss_mask",),
   )

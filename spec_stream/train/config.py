@@ -103,6 +103,11 @@ def resolve(model: ModelConfig, train: TrainConfig) -> ModelConfig:
         "train.trainable=adapters and train.init_from=WORKDIR of a base run"
       )
   if train.trainable == "adapters":
+    if not train.init_from:
+      raise UserError(
+        "train.trainable=adapters freezes the base model, which here is fresh "
+        "and untrained: set train.init_from=WORKDIR of a base run"
+      )
     if not (streams.num_streams or streams.lora_rank):
       raise UserError(
         "train.trainable=adapters has nothing to train: set "

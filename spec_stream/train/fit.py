@@ -60,7 +60,7 @@ def fit(
   state, shardings = states.init(model, train, mesh)
   if train.init_from and not last:
     state = states.with_base(state, load_base(train.init_from, model))
-  if not last:
+  if not last and jax.process_index() == 0:
     checkpoints.write_config(workdir, settings)
     tokenizer.save(str(pathlib.Path(workdir) / "tokenizer.json"))
   source = train_iterator(
