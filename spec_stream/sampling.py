@@ -87,8 +87,10 @@ def filter_logits(
   keep = jnp.arange(vocab) < top_k
   probs = jax.nn.softmax(jnp.where(keep, ranked, -jnp.inf), -1)
   before = jnp.cumsum(probs, -1) - probs
-  # The first token always stays: rounding must not exclude everything.
-  keep &= (before < top_p[:, None, None]) | (jnp.arange(vocab) == 0)
+  # Rounding must neither exclude the first token, nor anything at top_p = 1: a
+  # request that filters nothing may stand in one batch with one that does.
+  top_p = top_p[:, None, None]
+  keep &= (before < top_p) | (top_p >= 1) | (jnp.arange(vocab) == 0)
   rank = jnp.argsort(order, -1)  # the inverse permutation
   keep = jnp.take_along_axis(keep, rank, -1)
   return jnp.where(keep, logits, -jnp.inf)

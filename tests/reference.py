@@ -210,9 +210,9 @@ class Reading:
     c, name = self.config, f"blocks/{layer}"
     half = c.head_dim // 2
     frequency = c.rope_theta ** (-np.arange(half) / half)
-    turn = lambda x, angle: (
-      lambda z: np.concatenate([z.real, z.imag], -1)
-    )((x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle))
+    turn = lambda x, angle: (lambda z: np.concatenate([z.real, z.imag], -1))(
+      (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)
+    )
     q, k, v = {}, {}, {}
     for row, x in rows.items():
       shape = (c.num_kv_heads, c.groups + 2, c.head_dim)
@@ -249,7 +249,8 @@ def forward(config, weights, tokens, positions, above, carriers, num_streams):
   """
   model, streams = Reading(config, weights), config.streams
   rows = {
-    (t, 0): model.weights["embed/table"][token] for t, token in enumerate(tokens)
+    (t, 0): model.weights["embed/table"][token]
+    for t, token in enumerate(tokens)
   }
   early = {}
 
@@ -310,9 +311,7 @@ def sequences(model, rows, first):
   rest = [1] * (ROWS - len(rows))
   lengths = np.array([len(row) for row in rows] + rest, np.int32)
   first = np.array([*first, *rest], np.int32)
-  main, streams, kv = _sequences(
-    *nnx.split(model), tokens, lengths, first
-  )
+  main, streams, kv = _sequences(*nnx.split(model), tokens, lengths, first)
   return np.asarray(main), np.asarray(streams), kv
 
 

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import MODEL, make_model
+from tiny import MODEL, SMALL, make_model
 
 from spec_stream import bench, bench_rows, results, text_table
 from spec_stream.bench import NO_STREAMS, NOISE, Measured, Method, Settings
@@ -45,12 +45,12 @@ def stub(tokens, sizes, accepts=(0,)):
 
 @pytest.fixture(scope="module")
 def measured():
-  methods = bench.plan(MODEL, [StreamDraft(TreeSpec(num_nodes=3)), NoDraft()])
-  return bench.measure(make_model(), PROMPTS, methods, SETTINGS)
+  methods = bench.plan(SMALL, [StreamDraft(TreeSpec(num_nodes=3)), NoDraft()])
+  return bench.measure(make_model(SMALL), PROMPTS, methods, SETTINGS)
 
 
 def rows(measured):
-  return bench_rows.rows(make_model(), PROMPTS, measured, SETTINGS, ABOUT)
+  return bench_rows.rows(make_model(SMALL), PROMPTS, measured, SETTINGS, ABOUT)
 
 
 def decode(model, drafter):
@@ -92,7 +92,7 @@ def test_a_measurement_of_shared_mode(measured):
     assert r["ms_per_token"] > 0 and r["ms_to_first_token"] > 0
   assert [r["identical"] for r in table] == [1.0, None, 1.0, 1.0]
   # Tokens and calls are those of plain decoding, of each prompt its own seed.
-  alone = [g.token_ids for g in decode(make_model(), NoDraft())]
+  alone = [g.token_ids for g in decode(make_model(SMALL), NoDraft())]
   assert [g.token_ids for g in measured[3].generations] == alone
   assert none["tokens"] == streams["tokens"] == sum(map(len, alone))
   assert none["target_calls"] == none["tokens"]
@@ -102,7 +102,7 @@ def test_a_measurement_of_shared_mode(measured):
   )
   assert (none["tree"], none["tree_nodes"]) == (None, 1)
   assert (streams["tree"], streams["tree_nodes"]) == ("best_first", 3)
-  assert (none["num_streams"], plain["num_streams"]) == (3, 0)
+  assert (none["num_streams"], plain["num_streams"]) == (1, 0)
   assert noise["noise_low"] == noise["speedup_low"]
   assert bench_rows.bugs(table) == []
   assert noise["baseline"] == NO_STREAMS
@@ -113,7 +113,7 @@ def test_a_shape_that_was_not_warmed_up_is_counted(monkeypatch):
   # Room for new tokens that no other test asks for: nothing is compiled yet.
   settings = Settings(max_new_tokens=100, end_token=3)
   methods = [Method("none", NoDraft())]
-  (result,) = bench.measure(make_model(), PROMPTS[1:], methods, settings)
+  (result,) = bench.measure(make_model(SMALL), PROMPTS[1:], methods, settings)
   assert result.recompiles == 2  # prefill and loop, at the longer prompt
   assert result.compile_seconds > 0
 
@@ -139,7 +139,7 @@ def test_a_silent_listener_is_noticed(monkeypatch):
 
 
 def test_what_cannot_be_measured_is_refused():
-  model, methods = make_model(), [Method("none", NoDraft())]
+  model, methods = make_model(SMALL), [Method("none", NoDraft())]
   with pytest.raises(UserError, match="prompt 2 is the same as prompt 0"):
     bench.measure(model, [[5, 6], [7], [5, 6]], methods, SETTINGS)
   with pytest.raises(UserError, match="no prompt"):
@@ -168,8 +168,8 @@ def test_other_tokens_are_reported_as_a_bug(measured):
 
 
 def test_a_different_model_is_found_out(measured):
-  weights = {p: -np.asarray(w) for p, w in to_weights(make_model()).items()}
-  other = to_model(MODEL, weights)
+  weights = to_weights(make_model(SMALL))
+  other = to_model(SMALL, {p: -np.asarray(w) for p, w in weights.items()})
   other = decode(other, StreamDraft(TreeSpec(num_nodes=3)))
   changed = [*measured[:3], copy.copy(measured[3])]
   changed[3].generations = other
@@ -197,7 +197,7 @@ def made_up(name, drafter, seconds, generations, expects="none", **times):
   zeros = np.zeros(len(seconds))
   return Measured(
     method,
-    drafter.resolve(MODEL),
+    drafter.resolve(SMALL),
     generations,
     zeros + 1.0,
     np.array(seconds),
@@ -228,7 +228,7 @@ def test_speedups_are_against_the_faster_baseline_per_token():
   prompts = [[4, 5], [6, 7]]
   settings = Settings()
   none, base, noise, streams = bench_rows.rows(
-    make_model(), prompts, made, settings, ABOUT
+    make_model(SMALL), prompts, made, settings, ABOUT
   )
   assert none["ms_per_token"] == 2000 and none["step_ms"] == 2000
   assert base["ms_per_token"] == pytest.approx(1500)
@@ -262,7 +262,7 @@ def test_nothing_decoded_leaves_no_numbers_and_no_crash():
     made_up(NOISE, NoDraft(), [0.0, 0.0], ended, times_against="none"),
   ]
   settings = Settings()
-  table = bench_rows.rows(make_model(), [[4], [5]], made, settings, ABOUT)
+  table = bench_rows.rows(make_model(SMALL), [[4], [5]], made, settings, ABOUT)
   json.dumps(table, allow_nan=False)
   for name in ("ms_per_token", "speedup", "step_ms", "step_cost"):
     assert table[0][name] is None

@@ -86,6 +86,9 @@ def numpy_loss(model, batch, main_weight, stream_weight, prune_weight):
   return {"loss": total, **expected}
 
 
+CONFIG = LossConfig(0.7, (0.3, 0.2), 0.4)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _value_and_grads(config, values, batch, loss_config, count=None):
   def loss(values):
@@ -107,15 +110,17 @@ def _grads(model, batch, config, count=None):
   return _value_and_grads(model.config, values, batch, config, count)[1]
 
 
-@pytest.mark.parametrize("num_streams", [3, 0])
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("num_streams, remat", [(2, 0), (2, 1), (0, 0)])
 def test_equals_a_plain_reading(num_streams, remat):
   streams = dataclasses.replace(MODEL.streams, num_streams=num_streams)
   model = make_model(dataclasses.replace(MODEL, streams=streams))
   batch = make_batch()
-  config = LossConfig(0.7, (0.3, 0.2, 0.1)[:num_streams] or 1.0, 0.4, remat)
+  weight = CONFIG.stream_weight if num_streams else 1.0
+  config = dataclasses.replace(
+    CONFIG, stream_weight=weight, remat_logits=bool(remat)
+  )
   metrics = _loss(model, batch, config)
-  expected = numpy_loss(model, batch, 0.7, (0.3, 0.2, 0.1), 0.4)
+  expected = numpy_loss(model, batch, 0.7, (0.3, 0.2), 0.4)
   assert set(metrics) == set(expected)
   for name in expected:
     np.testing.assert_allclose(metrics[name], expected[name], rtol=2e-6)
@@ -127,15 +132,15 @@ def test_accuracy_is_one_on_the_models_own_greedy_text():
   for i in range(3, 8):
     main, *_ = _run(MODEL)(weights.to_weights(model), batch)
     batch["tokens"][0, i] = np.argmax(np.asarray(main)[0, i - 1])
-  metrics = _loss(model, batch, LossConfig())
+  metrics = _loss(model, batch, CONFIG)
   assert metrics["accuracy_main"] == 1
 
 
 def test_prompts_and_other_segments_do_not_count():
   batch = make_batch()
-  count = losses.counts(jax.tree.map(jnp.asarray, batch), 3)
+  count = losses.counts(jax.tree.map(jnp.asarray, batch), 2)
   completions = [c for row in ROWS for _, c in row]
-  expected = [sum(max(c - j, 0) for c in completions) for j in range(4)]
+  expected = [sum(max(c - j, 0) for c in completions) for j in range(3)]
   assert count.tolist() == expected
 
 
@@ -157,22 +162,27 @@ def test_no_other_loss_moves_the_pruner():
 
 def test_gradient_of_the_whole_is_the_sum_over_its_parts():
   model, batch = make_model(), make_batch()
-  config = LossConfig(1.0, 0.1, 1.0)
-  count = losses.counts(jax.tree.map(jnp.asarray, batch), 3)
-  whole = _grads(model, batch, config)
-  row = lambda i: {name: x[i : i + 1] for name, x in batch.items()}
-  parts = [_grads(model, row(i), config, count) for i in range(len(ROWS))]
+  count = losses.counts(jax.tree.map(jnp.asarray, batch), 2)
+
+  def grads(*rows):
+    """Of these rows; the others are padding."""
+    keep = np.isin(np.arange(len(ROWS)), rows)[:, None]
+    part = {name: np.where(keep, x, 0 * x) for name, x in batch.items()}
+    return _grads(model, part, CONFIG, count)
+
+  whole, parts = grads(0, 1, 2), [grads(0), grads(1), grads(2)]
   for path, grad in whole.items():
     total = sum(part[path] for part in parts)
+    assert np.abs(total).max() > 0
     np.testing.assert_allclose(grad, total, atol=2e-6)
 
 
 def test_an_empty_batch_has_a_finite_loss():
   batch = {name: np.zeros_like(x) for name, x in make_batch().items()}
-  metrics = _loss(make_model(), batch, LossConfig())
+  metrics = _loss(make_model(), batch, CONFIG)
   assert metrics["loss"] == 0 and all(np.isfinite(x) for x in metrics.values())
 
 
 def test_wrong_number_of_stream_weights():
-  with pytest.raises(UserError, match="2 numbers for 3 streams"):
-    losses.loss(make_model(), make_batch(), LossConfig(1.0, (0.1, 0.1)))
+  with pytest.raises(UserError, match="3 numbers for 2 streams"):
+    losses.loss(make_model(), make_batch(), LossConfig(1.0, (0.1, 0.1, 0.1)))

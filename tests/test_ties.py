@@ -5,7 +5,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from tiny import MODEL, make_model
+from tiny import SMALL, make_model
 
 from spec_stream import sampling, ties
 from spec_stream.decode import generate
@@ -46,7 +46,7 @@ def margins(model, tokens, draws, attach):
 
 
 def test_every_token_decoded_is_the_best_of_the_recomputed_scores():
-  model = make_model()
+  model = make_model(SMALL)
   settings = dict(temperature=0.8, seed=11)
   draws = sampling.make(1, **settings)
   made = generate(model, [PROMPT], NoDraft(), max_new_tokens=11, **settings)
@@ -66,14 +66,14 @@ def scores_after(model, tokens):
 
 
 def test_a_tie_has_no_margin_and_a_wrong_token_a_wide_one():
-  model = make_model()
+  model = make_model(SMALL)
   best = int(np.argmax(scores_after(model, PROMPT)))
   twin = next(t for t in range(6, 19) if t != best)
   weights = dict(to_weights(model))
   table = np.array(weights["embed/table"])
   table[twin] = table[best]  # tied embeddings: equal logits
   weights["embed/table"] = jax.numpy.asarray(table)
-  model = to_model(MODEL, weights)
+  model = to_model(SMALL, weights)
   scores = scores_after(model, PROMPT)
   worst = int(np.argmin(scores))
 

@@ -91,7 +91,7 @@ def test_lossless_adapters_leave_the_base_as_it_is():
   # a_0 is 0: the loss is that of the streams and the pruner.
   first = history[0]
   total = first["loss_prune"] + 0.1 * sum(
-    first[f"loss_stream_{j}"] for j in (1, 2, 3)
+    first[f"loss_stream_{j}"] for j in (1, 2)
   )
   np.testing.assert_allclose(first["loss"], total, rtol=1e-6)
 
@@ -160,7 +160,7 @@ def test_next_token_is_the_model_without_streams():
     (MODEL, dict(accumulate=0), "train.accumulate must be 1 or more"),
     (MODEL, dict(learning_rate=-1.0), "train.learning_rate must not be"),
     (MODEL, dict(learning_rate=float("nan")), "train.learning_rate must not"),
-    (MODEL, dict(stream_weight=(0.1, 0.2)), "2 numbers for 3 streams"),
+    (MODEL, dict(stream_weight=(0.1, 0.2, 0.3)), "3 numbers for 2"),
     (lora(mode="lossless"), {}, "train.trainable=adapters"),
     (lora(), dict(trainable="adapters"), "fresh and untrained"),
     (

@@ -197,9 +197,7 @@ def random_trees(seed, dead=0.0):
   ]
   tokens, parents, depth = (np.array(x, np.int32) for x in zip(*rows))
   score = -rng.exponential(size=tokens.shape).astype(np.float32)
-  return rng, TokenTree(
-    *map(jnp.asarray, (tokens, parents, depth, score))
-  )
+  return rng, TokenTree(*map(jnp.asarray, (tokens, parents, depth, score)))
 
 
 @functools.partial(jax.jit, static_argnames="longest")
@@ -263,11 +261,13 @@ take = jax.jit(TokenTree.take)
 def test_take(seed):
   rng, trees = random_trees(seed)
   kept = []
-  for b in range(BATCH):  # the paths to random nodes until there are 6
-    nodes = set()
+  for b in range(BATCH):  # six nodes: each below one that is kept
+    parents, nodes = trees.parents[b].tolist(), {0}
     while len(nodes) < 6:
-      path = reference.path_to(trees.parents[b].tolist(), rng.integers(SIZE))
-      nodes |= set(map(int, path[: 6 - len(nodes)]))
+      below = [
+        n for n, p in enumerate(parents) if n not in nodes and p in nodes
+      ]
+      nodes.add(int(rng.choice(below)))
     kept.append(sorted(nodes))
   taken = take(trees, np.array(kept, np.int32))
   for b, nodes in enumerate(kept):

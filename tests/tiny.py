@@ -27,7 +27,7 @@ MODEL = ModelConfig(
   num_kv_heads=2,
   head_dim=4,
   ffw_dim=24,
-  streams=StreamConfig(num_streams=3, num_stream_layers=1, prune_rank=2),
+  streams=StreamConfig(num_streams=2, num_stream_layers=1, prune_rank=2),
 )
 # Segment lengths (prompt, completion) of each row; the rest is padding.
 ROWS = (((3, 4), (2, 5)), ((4, 2), (2, 3)), ((1, 8),))

@@ -57,9 +57,11 @@ def fit(
   if last >= train.steps:
     print(f"{workdir} is already trained for {last} steps: nothing to do")
     return True
-  state, shardings = states.init(model, train, mesh)
+  base = {}
   if train.init_from and not last:
-    state = states.with_base(state, load_base(train.init_from, model))
+    base = load_base(train.init_from, model)
+  state, shardings = states.init(model, train, mesh)
+  state = states.with_base(state, base)
   if not last and jax.process_index() == 0:
     checkpoints.write_config(workdir, settings)
     tokenizer.save(str(pathlib.Path(workdir) / "tokenizer.json"))
