@@ -39,7 +39,7 @@ setup(
     "dev": [
       "pytest>=8",  # the first with strict markers as configured here
       "hypothesis>=6.100",  # property tests of trees and acceptance
-      "pytest-xdist>=3.6",  # optional: launch/test.sh -n 2
+      "pytest-xdist>=3.6",  # launch/test.sh runs two files of tests at a time
       "ruff==0.17.6",  # exact: releases format differently
     ],
   },

@@ -12,4 +12,5 @@ export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --diff --quiet . ||
   fail "some files are not formatted: run 'ruff format .'"
-exec "$PYTHON" -m pytest "$@"
+# Compiling takes most of the time and one core: a file of tests on each of two.
+exec "$PYTHON" -m pytest -n 2 --dist loadfile "$@"

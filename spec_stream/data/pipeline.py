@@ -122,9 +122,9 @@ def train_iterator(
         f"{budget[name]}: raise it"
       )
   rows = (
-    grain.MapDataset.source(encoded)
+    grain.MapDataset.source(encoded)[process_index::process_count]
     .seed(config.seed)
-    .shuffle()[process_index::process_count]
+    .shuffle()
     .repeat()
     .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=64))
   )

@@ -1,9 +1,10 @@
 """Builders by name, and their examples as plain strings."""
 
+import contextlib
 import functools
 import hashlib
+import io
 import os
-import shutil
 
 from spec_stream.errors import UserError
 
@@ -38,26 +39,23 @@ def builder(name: str, data_dir: str, manual_dir: str = ""):
   from spec_stream.data import e2e_nlg, restaurants
 
   tfds.display_progress_bar(False)
-  config = tfds.download.DownloadConfig(verify_ssl=True)
+  settings = dict(data_dir=data_dir, file_format="array_record")
   if name == "restaurants":
     if manual_dir:
       raise UserError("data.manual_dir: 'restaurants' is generated, reads none")
-    cls = restaurants.Restaurants
+    made = restaurants.Restaurants(**settings)
+  elif manual_dir:
+    files = e2e_nlg.find_files(os.path.abspath(os.path.expanduser(manual_dir)))
+    settings["data_dir"] = os.path.join(data_dir, "manual", _fingerprint(files))
+    made = e2e_nlg.E2eNlg(files=files, **settings)
   else:
-    cls = e2e_nlg.E2eNlg
-    if manual_dir:
-      manual_dir = os.path.abspath(os.path.expanduser(manual_dir))
-      files = e2e_nlg.find_files(manual_dir)
-      data_dir = os.path.join(data_dir, "manual", _fingerprint(files))
-      config = tfds.download.DownloadConfig(manual_dir=manual_dir)
-  made = cls(data_dir=data_dir, file_format="array_record")
-  fresh = not os.path.exists(made.data_dir)
-  try:
-    made.download_and_prepare(download_config=config)
-  except BaseException:
-    if fresh:  # nothing half-prepared stays
-      shutil.rmtree(made.data_dir, ignore_errors=True)
-    raise
+    made = e2e_nlg.E2eNlg(**settings)
+  if not os.path.exists(made.data_dir):
+    print(f"preparing {name} in {made.data_dir}", flush=True)
+  # TFDS writes beside the final folder and renames: a failure leaves nothing
+  # that a later run would take for whole. What it prints is for notebooks.
+  with contextlib.redirect_stdout(io.StringIO()):
+    made.download_and_prepare()
   return made
 
 
