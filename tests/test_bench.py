@@ -321,8 +321,8 @@ def test_acceptance_by_depth_is_a_share_of_verifications():
 
 
 def test_extra_weights_are_those_that_drafting_needs():
-  streams = 3 * 16  # J D
-  pruner = 2 * 2 * 16  # 2 r D
+  streams = MODEL.streams.num_streams * MODEL.width  # J D
+  pruner = 2 * MODEL.streams.prune_rank * MODEL.width  # 2 r D
 
   def count(config, drafter):
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
