@@ -158,9 +158,7 @@ def test_a_node_of_a_tree_is_the_end_of_its_path(x64, name):
     model = random_model(config, seed)
     prompts, options = random_requests(seed)
     cache = Decoder(model, drafter).start(prompts, **options).cache
-    trees = [
-      reference.random_tree(rng, NODES, LONGEST, VOCAB) for _ in prompts
-    ]
+    trees = [reference.random_tree(rng, NODES, LONGEST, VOCAB) for _ in prompts]
     arrays = (np.array(x, np.int32) for x in zip(*trees))
     main, streams = verify(*nnx.split(model), cache, *arrays)
     rows, first, nodes = [], [], []
@@ -216,8 +214,8 @@ ONE = {
 
 
 def changed(a, b):
-  """Along the leading axes, where the last axis differs."""
-  return (np.abs(np.asarray(a) - np.asarray(b)) > 1e-8).any(-1)
+  """Along the leading axes, where the last axis differs beyond rounding."""
+  return (np.abs(np.asarray(a) - np.asarray(b)) > 1e-12).any(-1)
 
 
 @pytest.mark.parametrize("name", ONE)
@@ -241,12 +239,13 @@ def test_tokens_reach_later_positions_alone(x64, name):
 def test_a_stream_reaches_itself_and_later_ones(x64, name):
   """Stream j of a position: streams j.. there, and in eq. 1 the main stream."""
   config = ONE[name]
-  model = random_model(config, 2)
+  # Small weights: a softmax must not leave a row without any attention.
+  model = random_model(config, 2, scale=0.1)
   tokens = tokens_of(2)
   before, *_ = run(model, tokens, range(LENGTH))
   for j in range(3):
     embed = np.array(model.streams.embed[...])
-    other = random_model(config, 2)
+    other = random_model(config, 2, scale=0.1)
     other.streams.embed[...] = embed + np.eye(3)[j][:, None]
     out, *_ = run(other, tokens, range(LENGTH))
     moved = changed(out.streams, before.streams)

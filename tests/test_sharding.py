@@ -165,10 +165,16 @@ def test_eight_devices_give_the_numbers_of_one(tmp_path):
   )
   assert eight.returncode == 0, eight.stderr
   one, state = steps(sharding.make_mesh())
-  for a, b in zip(one, json.loads(eight.stdout), strict=True):
+  # Adam's first update is g / |g|: it makes of a rounding of a tiny gradient a
+  # step of full size, which the second step's numbers show.
+  for a, b, rtol in zip(
+    one, json.loads(eight.stdout), (1e-5, 1e-3), strict=True
+  ):
     assert a.keys() == b.keys()
     for name in a:
-      np.testing.assert_allclose(a[name], b[name], rtol=1e-5, atol=1e-6)
+      np.testing.assert_allclose(
+        a[name], b[name], rtol=rtol, atol=1e-6, err_msg=name
+      )
   # What eight devices saved, this one reads.
   values, step = checkpoints.load_weights(tmp_path, MODEL)
   assert step == 2

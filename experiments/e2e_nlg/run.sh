@@ -21,13 +21,13 @@ bench() {
 
 # The baseline: next-token training alone. It is also the base of lossless mode.
 train base --config.train.objective=next_token
-# Shared mode, all weights, the same number of steps (J = 3, N_s = 1).
+# Shared mode, all weights, the same number of steps (J = 3, N_s = 2).
 train shared
-# Lossless mode: base frozen, streams and their adapters (J = 5, N_s = 2).
+# Lossless mode: base frozen, streams and their adapters (J = 5, N_s = 4).
 train lossless --config.train.init_from="$work/base" \
   --config.train.trainable=adapters --config.train.steps=400 \
   --config.model.streams.mode=lossless --config.model.streams.num_streams=5 \
-  --config.model.streams.num_stream_layers=2 \
+  --config.model.streams.num_stream_layers=4 \
   --config.model.streams.lora_rank=32
 
 bench shared --tree_nodes=4,8,16,32
