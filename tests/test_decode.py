@@ -76,7 +76,6 @@ def teacher_forced(graphdef, state, batch):
 def test_acceptance_is_that_under_teacher_forcing(x64, name):
   """A chain accepts as long as the streams' argmax is the text's next token."""
   config, _ = CASES[name]
-  num_streams = config.streams.num_streams
   accepted = 0
   for seed in range(6):
     model = random_model(config, seed, scale=0.2)
@@ -87,33 +86,36 @@ def test_acceptance_is_that_under_teacher_forcing(x64, name):
     rows = [[*p, *out.token_ids] for p, out in zip(prompts, outputs)]
     first = [len(p) - 1 for p in prompts]
     _, logits, _ = reference.sequences(model, rows, first)
-    hits = np.zeros(num_streams, int)
-    targets = np.zeros(num_streams, int)
+    hits, targets = [], []
     for b, (row, prompt, out) in enumerate(zip(rows, prompts, outputs)):
-      best = logits[b].argmax(-1)  # [T, J]
-
-      def is_hit(at, j):
-        return at + 1 + j < len(row) and best[at, j - 1] == row[at + 1 + j]
-
+      is_hit, is_target = hits_of(logits[b].argmax(-1), row)
       calls, root, call = [0], len(prompt), 0
       while root < len(row) - 1:
         call += 1
-        depth = 0
-        while depth < num_streams and is_hit(root - 1, depth + 1):
-          depth += 1
+        depth = int(is_hit[root - 1].cumprod().sum())
         calls += [call] * (depth + 1)
         root += depth + 1
         accepted += depth
       assert calls[: len(out.calls)] == out.calls
-      for at in range(len(prompt) - 1, len(row) - 1):
-        for j in range(1, num_streams + 1):
-          targets[j - 1] += at + 1 + j < len(row)
-          hits[j - 1] += is_hit(at, j)
+      completion = slice(len(prompt) - 1, len(row) - 1)
+      hits.append(is_hit[completion].sum(0))
+      targets.append(is_target[completion].sum(0))
     metrics = teacher_forced(*nnx.split(model), training_batch(prompts, rows))
-    for j in range(1, num_streams + 1):
-      share = hits[j - 1] / targets[j - 1]  # the metric is float32
+    for j in range(1, config.streams.num_streams + 1):
+      share = sum(hits)[j - 1] / sum(targets)[j - 1]  # the metric is float32
       np.testing.assert_allclose(metrics[f"accept_{j}"], share, rtol=1e-6)
   assert accepted > 20  # or nothing was tested
+
+
+def hits_of(best, row):
+  """[T, J] stream j at t says row[t+1+j]; and whether there is such a token.
+
+  best: [T', J] argmax of the streams, T' at least T.
+  """
+  at = np.arange(len(row))[:, None] + np.arange(2, 2 + best.shape[1])
+  is_target = at < len(row)
+  right = np.array(row)[np.minimum(at, len(row) - 1)]
+  return is_target & (best[: len(row)] == right), is_target
 
 
 def training_batch(prompts, rows, size=32, places=16):
