@@ -18,7 +18,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-# One pair per layer: keys and values, [B, K, T, H] each, positions applied.
+# One pair per layer: keys [B, K, H, T], positions applied, and values
+# [B, K, T, H]: each as its product with queries or weights reads it, without a
+# transposed copy of the whole cache in every step.
 KV = tuple[tuple[jax.Array, jax.Array], ...]
 
 
@@ -26,21 +28,34 @@ KV = tuple[tuple[jax.Array, jax.Array], ...]
 class KVCache:
   """Keys and values of the committed tokens, per layer."""
 
-  layers: KV  # per layer (k, v), each [B, K, S, H]
+  layers: KV  # per layer (k, v), [B, K, H, S] and [B, K, S, H]
   length: jax.Array  # [B] int32: committed tokens of each row
 
   @property
   def num_slots(self) -> int:
-    return self.layers[0][0].shape[2]
+    return self.layers[0][1].shape[2]
 
 
 def empty(
   batch: int, slots: int, layers: int, kv_heads: int, head_dim: int, dtype
 ) -> KVCache:
-  zeros = lambda: jnp.zeros((batch, kv_heads, slots, head_dim), dtype)
+  zeros = lambda *shape: jnp.zeros((batch, kv_heads, *shape), dtype)
   return KVCache(
-    layers=tuple((zeros(), zeros()) for _ in range(layers)),
+    layers=tuple(
+      (zeros(head_dim, slots), zeros(slots, head_dim)) for _ in range(layers)
+    ),
     length=jnp.zeros((batch,), jnp.int32),
+  )
+
+
+def take(kv: KV, at: jax.Array) -> KV:
+  """Of T positions those `at` [B, U]."""
+  return tuple(
+    (
+      jnp.take_along_axis(k, at[:, None, None, :], 3),
+      jnp.take_along_axis(v, at[:, None, :, None], 2),
+    )
+    for k, v in kv
   )
 
 
@@ -52,21 +67,18 @@ def commit(
   Args:
     cache: with room for the whole path: `length + A <= S` for each row. The
       caller sizes the cache so; XLA would clamp the start, and overwrite.
-    kv: new keys and values per layer, [B, K, T, H].
+    kv: new keys and values per layer.
     path: [B, A] indices into T, or None for 0..T-1.
     count: [B] entries that count; the slots after them stay unread.
   """
-  write = jax.vmap(
-    lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(old, new, at, 1)
+  write = lambda axis: jax.vmap(
+    lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(
+      old, new.astype(old.dtype), at, axis
+    )
   )
-
-  def update(old, new):
-    if path is not None:
-      new = jnp.take_along_axis(new, path[:, None, :, None], 2)
-    return write(old, new.astype(old.dtype), cache.length)
-
+  new = kv if path is None else take(kv, path)
   layers = tuple(
-    (update(k, new_k), update(v, new_v))
-    for (k, v), (new_k, new_v) in zip(cache.layers, kv, strict=True)
+    (write(2)(k, new_k, cache.length), write(1)(v, new_v, cache.length))
+    for (k, v), (new_k, new_v) in zip(cache.layers, new, strict=True)
   )
   return KVCache(layers=layers, length=cache.length + count)

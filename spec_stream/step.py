@@ -145,7 +145,11 @@ def step(params: Params, drafter: Drafter, state: DecodeState) -> DecodeState:
     accepted = accept.exact(tree, draws, longest)
     count, ended = _emitted(state, accepted)
   with jax.named_scope("commit"):
-    cache = commit(cache, out.kv, accepted.path, count)
+    # Where to write depends, for XLA, on the draws (which are never negative):
+    # else it moves the writes of a plain step ahead of other layers' reads, and
+    # copies the whole cache, twice a layer, to be able to do so.
+    length = jnp.minimum(cache.length, cache.num_slots + draws[:, 0])
+    cache = commit(cache.replace(length=length), out.kv, accepted.path, count)
     write = jax.vmap(jax.lax.dynamic_update_slice)
     start = state.num_tokens[:, None]
     calls = jnp.broadcast_to(state.target_calls[:, None], accepted.path.shape)

@@ -100,9 +100,10 @@ class Attention(nnx.Module):
     self.out = Linear(inputs, (config.width,), config, std=std, **keys)
 
   def __call__(self, x, rows: Rows, cache, length, adapt_from: int):
-    """x [B, R, D] -> (y [B, R, D], (k, v) of the T main rows [B, K, T, H]).
+    """x [B, R, D] -> (y [B, R, D], (k, v) of the T main rows).
 
-    cache: (k, v) [B, K, S, H] of this layer or None; length: [B].
+    k [B, K, H, T] and v [B, K, T, H]. cache: (k, v) of this layer with S in the
+    place of T, or None; length: [B].
     """
     groups, num_main = self.config.groups, rows.num_main
     with jax.named_scope("qkv"):
@@ -113,23 +114,24 @@ class Attention(nnx.Module):
       k, v = qk[:, :, :, groups], qkv[:, :, :, -1]
       if rows.turn is not None:
         v = rotate(v, rows.turn[:, :, None])
-      k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, R, H]
+      k = jnp.moveaxis(k, 1, 3)  # [B, K, H, R]
+      v = v.swapaxes(1, 2)  # [B, K, R, H]
     with jax.named_scope("attend"):
       blocks = [(k, v, rows.mask[:, None, :, None])]
       if cache is not None:
-        old = jnp.arange(cache[0].shape[2]) < length[:, None]  # [B, S]
+        old = jnp.arange(cache[0].shape[3]) < length[:, None]  # [B, S]
         blocks.append((*cache, old[:, None, None, None]))
       y = _attend(q, blocks)
     with jax.named_scope("out"):
       y = self.out(jnp.moveaxis(y, 1, 2), adapt_from)
-    return y, (k[:, :, :num_main], v[:, :, :num_main])
+    return y, (k[..., :num_main], v[:, :, :num_main])
 
 
 def _attend(q, blocks):
   """One softmax over several blocks of keys.
 
-  q: [B, K, R, G, H]; blocks: (k, v [B, K, keys, H], mask, broadcast against
-  [B, K, R, G, keys]). Scores are float32 or wider. The blocks are joined by
+  q: [B, K, R, G, H]; blocks: (k [B, K, H, keys], v [B, K, keys, H], mask,
+  broadcast against [B, K, R, G, keys]). Scores are float32 or wider. The blocks are joined by
   their common maximum and sum: no key, value or score is copied.
   """
   dtype = wide(q.dtype)
@@ -137,7 +139,7 @@ def _attend(q, blocks):
     jnp.where(
       mask,
       jnp.einsum(
-        "bkrgh,bkth->bkrgt",
+        "bkrgh,bkht->bkrgt",
         q,
         k.astype(q.dtype),
         preferred_element_type=dtype,

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spec_stream.cache import KV, KVCache
+from spec_stream.cache import KV, KVCache, take
 from spec_stream.errors import UserError
 from spec_stream.models.attention import (
   Attention,
@@ -97,7 +97,7 @@ class Output:
 
   main: jax.Array  # [B, T', D] final-normed hidden of the main stream
   streams: jax.Array | None  # [B, U, J, D] the same of the streams
-  kv: KV  # per layer (k, v) [B, K, T', H] of the main stream
+  kv: KV  # of the main stream at the T' positions, per layer
   early: jax.Array  # [B, T, D] main stream after layer L-N_s
   kept: Any = None  # what `keep` returned beside the rows
 
@@ -159,8 +159,7 @@ def forward(
       nodes, kept = keep(early)
       x, positions, mask = (at_rows(y, nodes) for y in (x, positions, mask))
       mask = jnp.take_along_axis(mask, nodes[:, None], 2)
-      kept_kv = lambda x: jnp.take_along_axis(x, nodes[:, None, :, None], 2)
-      kv = [(kept_kv(k), kept_kv(v)) for k, v in kv]
+      kv = [*take(kv, nodes)]
       rows = main_rows(config, positions, mask)
   num_main = x.shape[1]
   if streams is not None:
