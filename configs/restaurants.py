@@ -11,13 +11,13 @@ from configs import _base
 def get_config():
   config = _base.base()
   config.model.update(
-    width=256, num_layers=16, num_heads=4, num_kv_heads=2, head_dim=64
+    width=320, num_layers=8, num_heads=5, num_kv_heads=1, head_dim=64
   )
-  config.model.ffw_dim = 512
-  config.model.streams.update(num_streams=3, num_stream_layers=2)
+  config.model.ffw_dim = 1024
+  config.model.streams.update(num_streams=3, num_stream_layers=1)
   config.data.update(dataset="restaurants", vocab_size=896)
   config.data.update(seq_len=256, stream_positions=128, batch_size=4)
-  config.train.update(steps=300, learning_rate=2e-3, schedule="cosine")
+  config.train.update(steps=300, learning_rate=3e-3, schedule="cosine")
   config.train.update(warmup_steps=30, log_every=10, save_every=100)
   config.train.stream_weight = (0.3,)  # from scratch: see e2e_nlg
   return config

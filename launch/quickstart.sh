@@ -3,7 +3,7 @@
 #
 #   launch/quickstart.sh [WORKDIR]           default: runs/quickstart
 #
-# Makes the environment (see launch/environment.sh), trains a tiny model on the
+# Makes the environment (see launch/environment.sh), trains a small model on the
 # data the project generates itself, shows one prompt call by call, compares
 # decoding with and without streams, and writes the report page. A second run
 # goes on where the first was stopped and trains nothing twice.
@@ -33,7 +33,7 @@ say "one prompt, call by call"
 
 say "benchmark: plain decoding and streams, prompt by prompt"
 "$PYTHON" launch/benchmark.py --workdir="$workdir" --drafters=none,streams \
-  --prompts=32 --tree_nodes=4,8,16
+  --prompts=32 --tree_nodes=4,8
 
 page=$("$PYTHON" launch/report.py --workdir="$workdir")
 printf '\nreport: %s\n' "$page"

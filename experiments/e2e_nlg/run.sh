@@ -21,7 +21,7 @@ bench() {
 
 # The baseline: next-token training alone. It is also the base of lossless mode.
 train base --config.train.objective=next_token
-# Shared mode, all weights, the same number of steps (J = 3, N_s = 2).
+# Shared mode, all weights, the same number of steps (J = 3, N_s = 1).
 train shared
 # Lossless mode: base frozen, streams and their adapters (J = 5, N_s = 4).
 train lossless --config.train.init_from="$work/base" \
