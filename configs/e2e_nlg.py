@@ -12,7 +12,7 @@ from configs import _base
 def get_config():
   config = _base.base()
   config.model.update(
-    width=320, num_layers=12, num_heads=5, num_kv_heads=1, head_dim=64
+    width=320, num_layers=12, num_heads=4, num_kv_heads=2, head_dim=64
   )
   config.model.ffw_dim = 1024
   config.model.streams.update(num_streams=3, num_stream_layers=1)

@@ -70,6 +70,8 @@ def call(folder, *args):
     text=True,
     timeout=60,
     env={**os.environ, "PYTHONWARNINGS": "ignore"},
+    # What runs in the background (CI, nohup) may have Ctrl-C switched off.
+    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
   )
 
 

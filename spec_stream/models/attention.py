@@ -131,8 +131,8 @@ def _attend(q, blocks):
   """One softmax over several blocks of keys.
 
   q: [B, K, R, G, H]; blocks: (k [B, K, H, keys], v [B, K, keys, H], mask,
-  broadcast against [B, K, R, G, keys]). Scores are float32 or wider. The blocks are joined by
-  their common maximum and sum: no key, value or score is copied.
+  broadcast against [B, K, R, G, keys]). Scores are float32 or wider. The blocks
+  are joined by their common maximum and sum: no key, value or score is copied.
   """
   dtype = wide(q.dtype)
   scores = [
