@@ -330,7 +330,7 @@ def test_fewer_streams_are_the_first_ones(x64, name):
 
 
 def test_what_tells_streams_apart(x64):
-  """Eq. 9's angle, positions ahead, embeddings: each moves every stream."""
+  """Eq. 9's angle, and positions ahead where there are others to look at."""
   tokens = tokens_of(5)
 
   def streams(**options):
@@ -338,12 +338,9 @@ def test_what_tells_streams_apart(x64):
     return run(random_model(config, 5), tokens, range(LENGTH))[0].streams
 
   none = streams(rotation_eps=0.0)
-  for options in (
-    dict(rotation_eps=0.3),
-    dict(rotation_eps=0.0, stream_position="future"),
-    dict(stream_id="embedding"),
-  ):
-    assert changed(streams(**options), none).all(), options
+  assert changed(streams(rotation_eps=0.3), none).all()
+  ahead = streams(rotation_eps=0.0, stream_position="future")
+  assert changed(ahead, none)[1:].all()
 
 
 # -- adapters ----------------------------------------------------------------
