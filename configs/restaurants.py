@@ -1,8 +1,10 @@
 """The built-in data: invented restaurant records to sentences; a first try.
 
-  python launch/train.py --config=configs/restaurants.py --workdir=runs/tiny
+  python launch/train.py --config=configs/restaurants.py --workdir=runs/first
 
-Device: 2 CPU cores. Minutes: not run yet. What to expect: not run yet.
+Device: 2 CPU cores (AMD EPYC). Minutes: 4 to 5. What to expect: a main loss of
+0.5, stream 1 right at 0.7 of the positions; 2.7 tokens per call with 4 nodes.
+The width and depth are such that a plain step is bound by memory.
 """
 
 from configs import _base
