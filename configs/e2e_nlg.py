@@ -3,8 +3,8 @@
   python launch/train.py --config=configs/e2e_nlg.py --workdir=runs/e2e
 
 Without --config.data.manual_dir=DIR the original release is downloaded.
-Device: 2 CPU cores (AMD EPYC), about an hour. What to expect: not run to the end
-yet; see experiments/e2e_nlg.
+Device: 2 CPU cores (AMD EPYC), about an hour. What to expect: not run to the
+end yet; see experiments/e2e_nlg.
 """
 
 from configs import _base
