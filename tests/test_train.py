@@ -325,6 +325,25 @@ def test_init_from_takes_base_weights_and_tokenizer(
   assert np.any(new["streams/embed"] != base["streams/embed"])
 
 
+@pytest.mark.parametrize("alike", [True, False])
+def test_init_from_goes_on_with_streams_that_are_alike(
+  finished, tmp_path, small_data, alike
+):
+  model = tiny.SMALL
+  if not alike:
+    streams = dataclasses.replace(model.streams, stream_position="same")
+    model = dataclasses.replace(model, streams=streams)
+  start = change(init_from=finished, steps=1, learning_rate=0.0, seed=7)
+  assert tiny.train(tmp_path, model=model, train=start)
+  new, old = checkpoints.load_run(str(tmp_path)), checkpoints.load_run(finished)
+  new, old = weights.to_weights(new.model), weights.to_weights(old.model)
+  own = weights.paths(model, *weights.ADAPTERS)
+  assert own
+  for path in new:
+    same = new[path].tobytes() == old[path].tobytes()
+    assert same == (alike or path not in own), path
+
+
 def test_init_from_another_shape(finished, tmp_path, small_data):
   model = dataclasses.replace(tiny.SMALL, ffw_dim=32)
   with pytest.raises(UserError, match="model.ffw_dim=24, here it is 32"):

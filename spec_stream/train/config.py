@@ -26,7 +26,8 @@ class TrainConfig:
   objective: "next_token" builds the model without streams: the baseline.
   trainable: "adapters" trains LoRA, streams and pruner, and freezes the base.
   init_from: workdir of an earlier run. Its base weights (LoRA of shared mode
-    folded in) and its tokenizer start this one; the rest starts fresh.
+    folded in) and its tokenizer start this one, and its streams and adapters if
+    they are configured alike; the rest starts fresh.
   log_every, save_every: in steps. keep: checkpoints kept, the last ones.
   remat_logits: compute logits twice rather than keep them: less memory.
   seed: of the fresh weights; the order of the data follows data.seed.

@@ -249,7 +249,9 @@ def _restore(saver: Saver, step: int, state, source):
 
 
 def load_base(workdir: str, model: ModelConfig) -> weights.Weights:
-  """Base weights of an earlier run, LoRA of shared mode folded in.
+  """Weights of an earlier run: its base, LoRA of shared mode folded in.
+
+  If its streams are configured as here, they and the adapters go on as well.
 
   Raises: UserError if that run's base model is not this one's.
   """
@@ -262,13 +264,16 @@ def load_base(workdir: str, model: ModelConfig) -> weights.Weights:
         f"train.init_from={workdir} has model.{field.name}={old}, here it is "
         f"{new}: the base models must be the same"
       )
-  base = weights.to_weights(transformer.merge_lora(run.model))
-  adapters = weights.paths(model, *weights.ADAPTERS)
+  fresh = weights.paths(model, *weights.ADAPTERS)
+  if theirs.streams == model.streams:
+    old, fresh = run.model, frozenset()
+  else:
+    old = transformer.merge_lora(run.model)
   own = weights.shapes(model)
   return {
     path: x.astype(own[path].dtype)
-    for path, x in base.items()
-    if path in own and path not in adapters
+    for path, x in weights.to_weights(old).items()
+    if path in own and path not in fresh
   }
 
 
