@@ -125,6 +125,9 @@ def test_e2e_reads_each_form(tmp_path, form):
     ("a.csv", "", "line 1"),
     ("a.jsonl", '{"mr": "x", "ref": "y"}\n{"mr": "x"}\n', "line 2"),
     ("a.jsonl", "nonsense\n", "line 1"),
+    ("a.jsonl", '{"mr": "x", "ref": null}\n', "line 1: .* must be text"),
+    ("a.jsonl", "", "holds no example"),
+    ("a.csv", "mr,ref\n", "holds no example"),
     ("a.jsonl.gz", "not gzip", "cannot be read"),
   ],
 )

@@ -82,11 +82,15 @@ def read_pairs(path: str, name: str = "") -> Iterator[tuple[str, str]]:
   # A download has a hashed name: `name` is the one it had.
   is_json = ".jsonl" in (path if path.endswith((".gz", ".jsonl")) else name)
   shown = path if os.path.basename(path) == name or is_json else name or path
+  pair = None
   with opened(path, "rt", encoding="utf-8", newline="") as lines:
     try:
-      yield from (_json if is_json else _csv)(lines, shown)
+      for pair in (_json if is_json else _csv)(lines, shown):
+        yield pair
     except (UnicodeDecodeError, EOFError, OSError) as e:
       raise UserError(f"{shown} cannot be read: {e}") from e
+  if pair is None:
+    raise UserError(f"{shown} holds no example")
 
 
 def _json(lines, path: str):
@@ -94,6 +98,8 @@ def _json(lines, path: str):
     try:
       row = json.loads(line)
       pair = row["mr"], row["ref"]
+      if not all(isinstance(text, str) for text in pair):
+        raise ValueError("mr and ref must be text")
     except (ValueError, KeyError, TypeError) as e:
       raise UserError(
         f"{path}, line {number}: not a JSON object with mr and ref ({e})"
