@@ -20,7 +20,7 @@ own_outputs() {
 }
 bench() {
   "$python" launch/benchmark.py --workdir="$work/$1" --drafters=none,streams \
-    --prompts=64 --repeats=3 --tree_nodes=4,8,16,32 "${@:2}"
+    --prompts=64 --repeats=2 --tree_nodes=4,8,16,32 "${@:2}"
 }
 
 # Shared mode, all weights (J = 3, N_s = 1).
