@@ -31,8 +31,11 @@ setup(
     "ml-collections>=1.1",  # config_flags with typed overrides
     "absl-py>=2.1",  # flags and app.run of the launchers
     "tokenizers>=0.23",  # trains and loads a tokenizer.json without torch
+    "sentencepiece>=0.2",  # reads the tokenizer.model of a checkpoint
+    "jinja2>=3.1.6",  # chat templates; older sandboxes have known ways out
     "tensorboardX>=2.6.5",  # event files without TensorFlow; protobuf 7
     "rouge-score==0.1.2",  # exact: another version would move published scores
+    "sqlglot>=30,<31",  # a major release may cut SQL into other tokens
     "numpy>=2.0",  # what jax 0.10.2 needs
   ],
   extras_require={

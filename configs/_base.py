@@ -3,6 +3,9 @@
 Defaults are those of ModelConfig, StreamConfig, DataConfig and TrainConfig, so
 each is written once; a config file states what it changes. The vocabulary is
 set by `data.vocab_size` alone: the model takes that of the tokenizer.
+
+With model.checkpoint=HF_DIR the shape, the vocabulary and the tokenizer are
+those of that Hugging Face directory, whatever the config says of them.
 """
 
 import dataclasses
@@ -10,7 +13,7 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from spec_stream.data.pipeline import DataConfig
-from spec_stream.models.config import ModelConfig, StreamConfig
+from spec_stream.models.config import ModelConfig, RopeScaling, StreamConfig
 from spec_stream.train.config import TrainConfig
 
 
@@ -18,7 +21,10 @@ def base() -> ConfigDict:
   """config.model, .data, .train and .mesh with every key and its default."""
   model = _fields(ModelConfig)
   del model["vocab_size"]
+  # Left open: the defaults of ModelConfig, or what the checkpoint says.
+  model.update(checkpoint="", max_positions=0, dtype="", param_dtype="")
   model["streams"] = _fields(StreamConfig)
+  model["rope_scaling"] = _fields(RopeScaling)
   return ConfigDict(
     {
       "model": model,

@@ -59,7 +59,7 @@ def main(argv):
   )
   workdir = pathlib.Path(drafting.WORKDIR.value)
   run = checkpoints.load_run(workdir)
-  settings = dataclasses.replace(settings, end_token=run.tokenizer.eos_id)
+  settings = dataclasses.replace(settings, end_token=run.tokenizer.eos_ids)
   methods = bench.plan(run.model.config, drafters)
   chosen = task.prompts(run, _SPLIT.value, _PROMPTS.value)
   prompts = [p.token_ids for p in chosen]

@@ -1,4 +1,4 @@
-"""Scores a run's greedy output on its task: ROUGE-1 and ROUGE-Lsum.
+"""Scores a run's greedy output on its task: ROUGE, and of SQL exact match.
 
   launch/evaluate.py --workdir=runs/e2e [--prompts=200 --drafter=streams]
 
@@ -39,19 +39,21 @@ def main(argv):
   drafter = drafting.make(_DRAFTER.value, _TREE_NODES.value)
   run = checkpoints.load_run(drafting.WORKDIR.value)
   chosen = task.prompts(run, _SPLIT.value, _PROMPTS.value)
+  dataset = run.config["data"]["dataset"]
+  evaluate.scorer(dataset)  # refuses before the decoding, not after it
   generations = evaluate.decode_all(
     run.model,
     [p.token_ids for p in chosen],
     drafter,
     batch=_BATCH.value,
     max_new_tokens=drafting.MAX_NEW_TOKENS.value,
-    end_token=run.tokenizer.eos_id,
+    end_token=run.tokenizer.eos_ids,
     on_batch=Progress("prompts"),
   )
   outputs = [run.tokenizer.decode(g.token_ids) for g in generations]
-  scores = evaluate.rouge(outputs, [p.references for p in chosen])
+  scores = evaluate.score(dataset, outputs, [p.references for p in chosen])
   calls = sum(g.target_calls for g in generations)
-  cut = sum(g.token_ids[-1] != run.tokenizer.eos_id for g in generations)
+  cut = sum(g.token_ids[-1] not in run.tokenizer.eos_ids for g in generations)
   quality = {
     **scores,
     "prompts": len(chosen),
@@ -67,12 +69,11 @@ def main(argv):
   }
   for prompt, output in list(zip(chosen, outputs))[:2]:
     print(f"prompt     {prompt.text}")
-    print(f"output     {output}")
-    print(f"reference  {prompt.references[0]}\n")
+    print(f"output     {output.strip()}")
+    print(f"reference  {prompt.references[0].strip()}\n")
   print(
-    f"ROUGE-1 {scores['rouge1']:.2f}  ROUGE-Lsum {scores['rougeLsum']:.2f}  "
-    f"(F1 in percent, stemmed, best of a prompt's references; {len(chosen)} "
-    f"{_SPLIT.value} prompts, {cut} of them cut short by --max_new_tokens)"
+    f"{evaluate.words(scores)}; {len(chosen)} {_SPLIT.value} prompts, {cut} of "
+    "them cut short by --max_new_tokens"
   )
   path = pathlib.Path(drafting.WORKDIR.value) / "quality.json"
   task.write_json(path, quality)

@@ -68,7 +68,7 @@ def main(argv):
     raise common.UserError("--show_steps colours text: leave it or --json out")
   model, tokenizer = requests.load(drafting.WORKDIR.value, found)
   settings["max_new_tokens"] = drafting.MAX_NEW_TOKENS.value
-  settings["end_token"] = -1 if tokenizer is None else tokenizer.eos_id
+  settings["end_token"] = -1 if tokenizer is None else tokenizer.eos_ids
   if _JSON.value:
     for answer in requests.answers(
       model, tokenizer, found, drafter, _BATCH.value, **settings

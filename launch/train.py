@@ -25,22 +25,32 @@ def main(argv):
   del argv
   # Slow imports wait until the flags are known to be right.
   from spec_stream import sharding, weights
+  from spec_stream.checkpoints import check_vocabulary
   from spec_stream.data.pipeline import DataConfig
-  from spec_stream.models import config as model_config
+  from spec_stream.hf import checkpoint as hf
   from spec_stream.train.config import TrainConfig, resolve
   from spec_stream.train.fit import fit, prepare_tokenizer
 
   config, workdir = _CONFIG.value, _WORKDIR.value
   data = DataConfig(**config.data)
   train = TrainConfig(**config.train)
-  model = model_config.from_dict(config.model.to_dict())
+  model, checkpoint = hf.configure(config.model.to_dict(), data.vocab_size)
+  if checkpoint:
+    if train.init_from:
+      raise common.UserError(
+        "give model.checkpoint or train.init_from, not both: each is the base"
+      )
+    train = dataclasses.replace(train, init_from=checkpoint)
   # All that can be wrong is looked at before the data are.
   mesh = sharding.make_mesh(**config.mesh)
   sharding.check_batch(mesh, data.batch_size, train.accumulate)
-  model = dataclasses.replace(resolve(model, train), vocab_size=data.vocab_size)
+  model = resolve(model, train)
   sharding.weight_shardings(mesh, weights.shapes(model))
   tokenizer = prepare_tokenizer(workdir, data, train)
-  model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
+  if checkpoint:
+    check_vocabulary(tokenizer, model.vocab_size, checkpoint)
+  else:
+    model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
   done = fit(workdir, model, data, train, tokenizer, mesh)
   return 0 if done else 130
 

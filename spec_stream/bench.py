@@ -46,7 +46,7 @@ class Settings:
   batch: int = 1
   repeats: int = 1
   max_new_tokens: int = 128
-  end_token: int = -1
+  end_token: int | tuple[int, ...] = -1
   temperature: float = 0.0
   top_k: int = 0
   top_p: float = 1.0

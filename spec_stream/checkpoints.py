@@ -1,7 +1,7 @@
 """Runs on disk, and the one place that knows orbax.
 
     <workdir>/config.json         model, data and train settings, git commit
-    <workdir>/tokenizer.json
+    <workdir>/tokenizer.json      or tokenizer/, files of a checkpoint's
     <workdir>/checkpoints/<step>/ weights, optimizer, data (the iterator), meta
 
 A checkpoint is written beside its final name and renamed when complete, so a
@@ -71,10 +71,44 @@ def read_config(workdir) -> dict:
   return config
 
 
+def tokenizer_directory(workdir) -> pathlib.Path:
+  """Where a run keeps the tokenizer files of a Hugging Face checkpoint."""
+  return pathlib.Path(workdir) / "tokenizer"
+
+
+def write_tokenizer(workdir, tokenizer):
+  """Keeps a tokenizer with a run, of this project's own or of a checkpoint."""
+  from spec_stream.data.tokenizer import Tokenizer
+
+  if isinstance(tokenizer, Tokenizer):
+    tokenizer.save(str(pathlib.Path(workdir) / "tokenizer.json"))
+  else:
+    tokenizer.save(tokenizer_directory(workdir))
+
+
+def check_vocabulary(tokenizer, vocab_size: int, where):
+  """Raises: UserError if the tokenizer has tokens that the model has not.
+
+  A model may have more rows: checkpoints pad them.
+  """
+  if tokenizer.vocab_size > vocab_size:
+    raise UserError(
+      f"{where} has {tokenizer.vocab_size} tokens, but the model has "
+      f"{vocab_size}: it is not the tokenizer of this model"
+    )
+
+
 def read_tokenizer(workdir, vocab_size: int):
   """The run's tokenizer, which must have the model's vocabulary."""
   from spec_stream.data.tokenizer import Tokenizer
 
+  directory = tokenizer_directory(workdir)
+  if directory.is_dir():
+    from spec_stream.hf import tokenizer as hf_tokenizer
+
+    tokenizer = hf_tokenizer.load(directory)
+    check_vocabulary(tokenizer, vocab_size, directory)
+    return tokenizer
   path = pathlib.Path(workdir) / "tokenizer.json"
   if not path.is_file():
     raise UserError(f"{workdir} holds no tokenizer.json: the run is incomplete")
@@ -218,6 +252,32 @@ def load_weights(workdir, config, step=None, mesh: Mesh | None = None):
   with _readable(directory):
     with ocp.StandardCheckpointer() as reader:
       return reader.restore(directory / "weights", target), step
+
+
+def load_checkpoint(
+  directory,
+  *,
+  dtype: str = "",
+  max_positions: int = 0,
+  tokenizer: bool = True,
+  mesh: Mesh | None = None,
+) -> Run:
+  """A Hugging Face directory as a run: see `hf.checkpoint.read_config`.
+
+  tokenizer: whether to read it; without it, it is None.
+  """
+  from spec_stream.hf import checkpoint as hf
+  from spec_stream.hf import tokenizer as hf_tokenizer
+
+  model = hf.read_config(
+    directory, dtype=dtype, param_dtype=dtype, max_positions=max_positions
+  )
+  words = None
+  if tokenizer:
+    words = hf_tokenizer.load(directory)
+    check_vocabulary(words, model.vocab_size, directory)
+  config = {"model": model_config.to_dict(model)}
+  return Run(hf.load(directory, model, mesh), words, config, 0)
 
 
 def load_run(workdir, step: int | None = None, mesh: Mesh | None = None) -> Run:

@@ -72,7 +72,7 @@ class Decoder:
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int | Sequence[int] = 128,
-    end_token: int = -1,
+    end_token: int | Sequence[int] = -1,
     temperature=0.0,
     top_k=0,
     top_p=1.0,
@@ -83,11 +83,13 @@ class Decoder:
     batch = len(prompts)
     limits = np.broadcast_to(np.asarray(max_new_tokens, np.int64), (batch,))
     slots, bucket, num_new = self._sizes(prompts, limits)
-    if not -1 <= end_token < self.config.vocab_size:
-      raise UserError(
-        f"end token {end_token} is outside the vocabulary of "
-        f"{self.config.vocab_size} tokens"
-      )
+    ends = np.atleast_1d(np.asarray(end_token, np.int64))
+    for end in ends:
+      if not -1 <= end < self.config.vocab_size:
+        raise UserError(
+          f"end token {end} is outside the vocabulary of "
+          f"{self.config.vocab_size} tokens"
+        )
     padded = np.zeros((batch, bucket), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
       row[: len(prompt)] = prompt
@@ -101,7 +103,7 @@ class Decoder:
       padded,
       np.array([len(p) for p in prompts], np.int32),
       limits.astype(np.int32),
-      np.int32(end_token),
+      ends.astype(np.int32),
       make_sampling(batch, temperature, top_k, top_p, seed),
     )
 
@@ -192,7 +194,8 @@ def generate(
     prompts: token ids; rows may differ in length.
     drafter: StreamDraft() if None.
     **settings: max_new_tokens=128, temperature=0 (greedy), top_k=0 (off),
-      top_p=1 (off), seed=0: one value or one per prompt; end_token=-1 (none).
+      top_p=1 (off), seed=0: one value or one per prompt; end_token=-1 (none),
+      or several, any of which ends a row.
       The noise of a request depends on its seed and on positions alone: the
       same prompt and seed give the same tokens in any batch, with any drafter.
 

@@ -1,13 +1,15 @@
-"""Quality of a run's greedy output: ROUGE against the references of its task.
+"""Quality of a run's greedy output: the scores of its task.
 
 ROUGE-1 and ROUGE-Lsum F1 of the rouge_score package with its stemmer, in
 percent, mean over prompts; of several references the best counts, per score.
 Rouge-Lsum wants a sentence a line; the package's own splitter needs a download,
-so sentences are split after ". " here.
+so sentences are split after ". " here. Of SQL also the share of exact matches
+(`spec_stream.sql`).
 """
 
 from collections.abc import Callable, Sequence
 
+from spec_stream import sql
 from spec_stream.decode import Decoder, Generation, collect
 from spec_stream.drafters.base import Drafter
 from spec_stream.errors import UserError
@@ -23,7 +25,7 @@ def decode_all(
   *,
   batch: int = 32,
   max_new_tokens: int = 128,
-  end_token: int = -1,
+  end_token: int | Sequence[int] = -1,
   on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Generation]:
   """Greedy decoding of many prompts, in their order.
@@ -71,3 +73,65 @@ def rouge(
 def sentences(text: str) -> str:
   """One sentence a line."""
   return text.strip().replace(". ", ".\n")
+
+
+def sql_scores(
+  outputs: Sequence[str], references: Sequence[Sequence[str]]
+) -> dict:
+  """Exact match, what did not parse, and ROUGE; what "exact" means beside."""
+  return {
+    **sql.exact_match(outputs, references),
+    **rouge(outputs, references),
+    "normalisation": sql.NORMALISATION,
+  }
+
+
+# Data set -> its scores, or why it has none.
+SCORERS = {
+  "restaurants": rouge,
+  "e2e_nlg": rouge,
+  "dialogsum": rouge,
+  "conversations": rouge,
+  "sql_create_context": sql_scores,
+  "text_corpus": "it is running text, with no prompts to answer",
+  "chat_prompts": "its questions have no references, and so only a speed",
+}
+
+
+def scorer(dataset: str) -> Callable[[Sequence, Sequence], dict]:
+  """The scores of a task, (outputs, references) -> dict; see `score`."""
+  found = SCORERS.get(dataset, "it is unknown here")
+  if callable(found):
+    return found
+  have = ", ".join(name for name, x in SCORERS.items() if callable(x))
+  raise UserError(f"no quality of '{dataset}': {found}; use one of {have}")
+
+
+def score(
+  dataset: str, outputs: Sequence[str], references: Sequence[Sequence[str]]
+) -> dict:
+  """Scores of texts on a task, by name; percent but for counts.
+
+  Raises:
+    UserError: a data set without references, or no outputs at all.
+  """
+  scores = scorer(dataset)
+  if not outputs:
+    raise UserError(f"no outputs of '{dataset}' to score")
+  return scores(outputs, references)
+
+
+def words(scores: dict) -> str:
+  """The scores for a person, in one line."""
+  said = []
+  if "exact_match" in scores:
+    said.append(
+      f"exact match {scores['exact_match']:.2f} percent (SQL as normalised; "
+      f"{scores['unparsed']} outputs and {scores['unparsed_references']} "
+      "references are no SQL)"
+    )
+  said.append(
+    f"ROUGE-1 {scores['rouge1']:.2f}  ROUGE-Lsum {scores['rougeLsum']:.2f}"
+    "  (F1 in percent, stemmed, best of a prompt's references)"
+  )
+  return "  ".join(said)

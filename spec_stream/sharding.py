@@ -22,9 +22,14 @@ AXES = ("data", "fsdp", "tensor")
 # over fsdp in all that follows, against the batch, which lies there.
 RULES = (
   (r"embed/table", P(("fsdp", "tensor"), None)),
+  (r"positions/table", P()),
   (r"head/kernel", P("fsdp", "tensor")),
-  (r"(blocks/\d+/)?\w+_norm/scale", P()),
+  (r"head/bias", P("tensor")),
+  (r"(blocks/\d+/(attention/)?)?\w+_norm/(scale|bias)", P()),
   (r"blocks/\d+/attention/qkv/kernel", P("fsdp", "tensor", None, None)),
+  (r"blocks/\d+/attention/qkv/bias", P("tensor", None, None)),
+  (r"blocks/\d+/(attention/out|ffw/down)/bias", P()),
+  (r"blocks/\d+/ffw/gate_up/bias", P(None, "tensor")),
   (r"blocks/\d+/attention/qkv/lora_a", P("fsdp", None)),
   (r"blocks/\d+/attention/qkv/lora_b", P(None, "tensor", None, None)),
   (r"blocks/\d+/attention/out/kernel", P("tensor", None, None, "fsdp")),
@@ -91,7 +96,7 @@ def weight_shardings(mesh: Mesh, shapes: dict) -> dict[str, NamedSharding]:
 
 def _uneven(path: str, axis: str, dimension: int, size: int) -> str:
   name = f"model.width={dimension}"
-  if path == "embed/table" or (path == "head/kernel" and axis == "tensor"):
+  if path == "embed/table" or (path.startswith("head/") and axis == "tensor"):
     name = f"the vocabulary ({dimension} rows of it)"
   elif axis == "tensor" and "/attention/" in path:
     name = f"model.num_kv_heads={dimension}"

@@ -33,7 +33,7 @@ class DecodeState:
   drafter: object  # the drafter's own state
   sampling: Sampling
   limit: jax.Array  # [B] most tokens to emit
-  end_token: jax.Array  # [] int32, -1 for none
+  end_token: jax.Array  # [E] int32, any of which ends a row; -1 for none
   tokens: jax.Array  # [B, N + A] emitted tokens, then junk
   calls: jax.Array  # [B, N + A] call of the target that emitted each token
   num_tokens: jax.Array  # [B]
@@ -111,7 +111,7 @@ def prefill(
     calls=jnp.zeros(space, jnp.int32),
     num_tokens=jnp.ones((batch,), jnp.int32),
     accepts=jnp.zeros((batch, drafter.longest), jnp.int32),
-    done=(root == end_token) | (limit <= 1),
+    done=_ends(root, end_token) | (limit <= 1),
   )
 
 
@@ -187,12 +187,17 @@ def step(params: Params, drafter: Drafter, state: DecodeState) -> DecodeState:
   )
 
 
+def _ends(tokens: jax.Array, end_token: jax.Array) -> jax.Array:
+  return (tokens[..., None] == end_token).any(-1)
+
+
 def _emitted(state: DecodeState, accepted: accept.Acceptance):
   """Tokens each row emits [B], cut at the end token and the limit; and done."""
   longest = accepted.tokens.shape[1]
   count = accepted.accepted_len + 1
   order = jnp.arange(longest)
-  is_end = (accepted.tokens == state.end_token) & (order < count[:, None])
+  is_end = _ends(accepted.tokens, state.end_token)
+  is_end &= order < count[:, None]
   has_end = is_end.any(1)
   to_end = jnp.where(has_end, jnp.argmax(is_end, 1) + 1, longest)
   count = jnp.minimum(count, to_end)

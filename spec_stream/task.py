@@ -29,7 +29,7 @@ def prompts(run: Run, split: str, count: int = 0) -> list[Prompt]:
   The choice is the same in each run: seeded, and a prefix of that of a larger
   count. (The first prompts would not do: data sets come sorted.)
 
-  Raises: UserError for an unknown split.
+  Raises: UserError for an unknown split, or a data set without prompts.
   """
   from spec_stream.data import pipeline
 
@@ -40,6 +40,8 @@ def prompts(run: Run, split: str, count: int = 0) -> list[Prompt]:
     config = pipeline.DataConfig(**run.config["data"])
   except (KeyError, TypeError) as e:
     raise UserError(f"config.json of the run names no data set: {e}") from e
+  if config.dataset == "text_corpus":
+    raise UserError("'text_corpus' has no prompts: it is for pretraining")
   found = {}
   for text, references in pipeline.prompts(config, split):
     ids = tuple(run.tokenizer.encode_prompt(text))

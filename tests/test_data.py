@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spec_stream.data import pipeline, restaurants, source
-from spec_stream.data.e2e_nlg import FILES, read_pairs
+from spec_stream.data import pipeline, restaurants, rows, source
+from spec_stream.data.e2e_nlg import FILES
 from spec_stream.data.pipeline import DataConfig
 from spec_stream.data.tokenizer import Tokenizer
 from spec_stream.errors import UserError
@@ -135,7 +135,7 @@ def test_malformed_files_name_the_line(tmp_path, name, text, message):
   path = tmp_path / name
   path.write_text(text)
   with pytest.raises(UserError, match=message) as error:
-    list(read_pairs(str(path)))
+    list(rows.read(str(path), ("mr", "ref")))
   assert name in str(error.value) and "\n" not in str(error.value)
 
 

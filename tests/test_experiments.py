@@ -66,13 +66,13 @@ def test_own_outputs_replace_the_references(
   own_outputs, run, tmp_path, monkeypatch, capsys
 ):
   encode = Tokenizer.load(str(run / "tokenizer.json")).encode_prompt
-  eos = Tokenizer.load(str(run / "tokenizer.json")).eos_id
+  eos = Tokenizer.load(str(run / "tokenizer.json")).eos_ids
 
   def decode_all(model, prompts, drafter, **settings):
     """Says the prompt again; that of B does not come to its end."""
     assert drafter.name == "none" and settings["end_token"] == eos
     ends = [
-      [] if p == encode("name[B], food[Thai]") else [eos] for p in prompts
+      [] if p == encode("name[B], food[Thai]") else eos for p in prompts
     ]
     return [Generation([*p, *end], [], 1, []) for p, end in zip(prompts, ends)]
 

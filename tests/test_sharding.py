@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 from spec_stream import checkpoints, sharding, weights
 from spec_stream.errors import UserError
-from spec_stream.models.config import ModelConfig, StreamConfig, from_dict
+from spec_stream.hf.checkpoint import configure
+from spec_stream.models.config import ModelConfig, StreamConfig
 from spec_stream.train import state as states
 from spec_stream.train.step import make_step
 
@@ -61,6 +62,11 @@ def test_each_rule_serves_some_weight():
     for tied in (True, False):
       config = ModelConfig(num_layers=2, tie_embeddings=tied, streams=streams)
       paths |= set(weights.shapes(config))
+  every = dict.fromkeys("qkv_bias out_bias ffw_bias head_bias".split(), True)
+  config = ModelConfig(
+    num_layers=2, tie_embeddings=False, positions="learned", **every
+  )
+  paths |= set(weights.shapes(config))
   for pattern, _ in sharding.RULES:
     assert any(re.fullmatch(pattern, path) for path in paths), pattern
 
@@ -69,9 +75,8 @@ def test_each_rule_serves_some_weight():
 def test_the_configs_split_over_two_by_two(name, monkeypatch):
   monkeypatch.syspath_prepend(str(ROOT))
   config = importlib.import_module(f"configs.{name}").get_config()
-  model = from_dict(
-    {**config.model.to_dict(), "vocab_size": config.data.vocab_size}
-  )
+  settings = config.model.to_dict()
+  model, _ = configure(settings, config.data.vocab_size)
   mesh = jax.sharding.AbstractMesh((2, 2, 2), sharding.AXES)
   sharding.weight_shardings(mesh, weights.shapes(model))
   sharding.check_batch(mesh, config.data.batch_size, config.train.accumulate)

@@ -24,13 +24,13 @@ def write(workdir: str, out: pathlib.Path, max_new_tokens: int = 128) -> int:
   run = load_run(workdir)
   files = e2e_nlg.find_files(run.config["data"]["manual_dir"])
   prompts = task.prompts(run, "train")
-  end = run.tokenizer.eos_id
+  ends = run.tokenizer.eos_ids
   generations = evaluate.decode_all(
     run.model,
     [p.token_ids for p in prompts],
     NoDraft(),
     max_new_tokens=max_new_tokens,
-    end_token=end,
+    end_token=ends,
     on_batch=Progress("prompts"),
   )
   partial = out.with_name(out.name + ".partial")
@@ -39,7 +39,7 @@ def write(workdir: str, out: pathlib.Path, max_new_tokens: int = 128) -> int:
   count = 0
   with gzip.open(partial / "train.jsonl.gz", "wt", encoding="utf-8") as file:
     for prompt, generation in zip(prompts, generations, strict=True):
-      if generation.token_ids[-1] != end:
+      if generation.token_ids[-1] not in ends:
         continue  # cut short: not an output to imitate
       text = run.tokenizer.decode(generation.token_ids)
       pair = {"mr": prompt.text, "ref": text}

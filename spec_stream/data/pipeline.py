@@ -27,7 +27,10 @@ class DataConfig:
   """dataset: see `source.NAMES`; data_dir: where prepared data lies;
   manual_dir: files of a release already at hand. seq_len: T tokens a row;
   stream_positions: U positions a row that carry streams, 0 = T; batch_size:
-  rows; packing: several examples a row.
+  rows; packing: several examples a row. too_long: what becomes of an example
+  that does not fit a row, "refuse" or "skip" (of the training split alone).
+  tokenizer: a tokenizer.json of this project to use as it is, rather than one
+  that is trained on the training split with `vocab_size` tokens.
   """
 
   dataset: str = "restaurants"
@@ -39,6 +42,8 @@ class DataConfig:
   vocab_size: int = 1024
   seed: int = 0
   packing: bool = True
+  too_long: str = "refuse"
+  tokenizer: str = ""
 
   def __post_init__(self):
     for name in ("seq_len", "batch_size", "vocab_size"):
@@ -48,6 +53,10 @@ class DataConfig:
       raise UserError(
         f"data.stream_positions={self.stream_positions} must lie between 0 "
         f"(as many as tokens) and data.seq_len={self.seq_len}"
+      )
+    if self.too_long not in ("refuse", "skip"):
+      raise UserError(
+        f"data.too_long is '{self.too_long}': use one of refuse, skip"
       )
     if self.dataset not in source.NAMES:
       raise UserError(
@@ -111,16 +120,7 @@ def train_iterator(
     "loss_mask": config.seq_len,
     "stream_at": config.stream_positions or config.seq_len,
   }
-  for name, setting in (
-    ("tokens", "seq_len"),
-    ("stream_at", "stream_positions"),
-  ):
-    longest = max(len(x[name]) for x in encoded)
-    if longest > budget[name]:
-      raise UserError(
-        f"an example of {config.dataset} needs data.{setting}={longest}, above "
-        f"{budget[name]}: raise it"
-      )
+  encoded = _fitting(config, encoded, budget)
   rows = (
     grain.MapDataset.source(encoded)[process_index::process_count]
     .seed(config.seed)
@@ -144,6 +144,33 @@ def train_iterator(
     batches, prefetch_buffer_size=4
   )
   return iter(threaded)
+
+
+def _fitting(config: DataConfig, encoded: list[dict], budget: dict):
+  """The examples that fit a row; the others are skipped aloud or refused."""
+  for name, setting in (
+    ("tokens", "seq_len"),
+    ("stream_at", "stream_positions"),
+  ):
+    longest = max(len(x[name]) for x in encoded)
+    if longest <= budget[name]:
+      continue
+    if config.too_long == "refuse":
+      raise UserError(
+        f"an example of {config.dataset} needs data.{setting}={longest}, above "
+        f"{budget[name]}: raise it, or set data.too_long=skip"
+      )
+    kept = [x for x in encoded if len(x[name]) <= budget[name]]
+    if not kept:
+      raise UserError(
+        f"no example of {config.dataset} fits data.{setting}={budget[name]}"
+      )
+    print(
+      f"skipping {len(encoded) - len(kept):,} of {len(encoded):,} examples "
+      f"that do not fit data.{setting}={budget[name]}"
+    )
+    encoded = kept
+  return encoded
 
 
 def _arrange(row: dict) -> dict:

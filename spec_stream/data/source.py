@@ -3,23 +3,40 @@
 import contextlib
 import functools
 import hashlib
+import importlib
 import io
 import os
 
 from spec_stream.errors import UserError
 
-NAMES = ("restaurants", "e2e_nlg")
+# Name -> module and class of its builder, which names the files it reads
+# (`builder.PairsBuilder`). A new data set is a line here, one in
+# `formats`, and one in `evaluate.SCORERS`.
+BUILDERS = {
+  "restaurants": ("restaurants", "Restaurants"),
+  "e2e_nlg": ("e2e_nlg", "E2eNlg"),
+  "dialogsum": ("dialogsum", "Dialogsum"),
+  "sql_create_context": ("sql_create_context", "SqlCreateContext"),
+  "conversations": ("conversations", "Conversations"),
+  "text_corpus": ("text_corpus", "TextCorpus"),
+  "chat_prompts": ("chat_prompts", "ChatPrompts"),
+}
+NAMES = tuple(BUILDERS)
 
 
-def pairs_info(builder):
-  """The features that all data sets here share: prompt and completion."""
+def pairs_info(builder, *more: str):
+  """The features that all data sets here share: prompt and completion.
+
+  more: names of further texts.
+  """
   import tensorflow_datasets as tfds
 
-  text = tfds.features.Text()
+  names = ("prompt", "completion", *more)
+  features = {name: tfds.features.Text() for name in names}
   return tfds.core.DatasetInfo(
     builder=builder,
     description=builder.__doc__,
-    features=tfds.features.FeaturesDict({"prompt": text, "completion": text}),
+    features=tfds.features.FeaturesDict(features),
   )
 
 
@@ -36,20 +53,25 @@ def builder(name: str, data_dir: str, manual_dir: str = ""):
     raise UserError(f"unknown data set '{name}': use {' or '.join(NAMES)}")
   import tensorflow_datasets as tfds
 
-  from spec_stream.data import e2e_nlg, restaurants
-
   tfds.display_progress_bar(False)
+  module, class_name = BUILDERS[name]
+  module = importlib.import_module(f"spec_stream.data.{module}")
+  kind = getattr(module, class_name)
   settings = dict(data_dir=data_dir, file_format="array_record")
-  if name == "restaurants":
-    if manual_dir:
-      raise UserError("data.manual_dir: 'restaurants' is generated, reads none")
-    made = restaurants.Restaurants(**settings)
-  elif manual_dir:
-    files = e2e_nlg.find_files(os.path.abspath(os.path.expanduser(manual_dir)))
+  if manual_dir:
+    if not hasattr(kind, "FILES"):
+      raise UserError(f"data.manual_dir: '{name}' is generated, reads none")
+    from spec_stream.data.builder import find_files
+
+    directory = os.path.abspath(os.path.expanduser(manual_dir))
+    settings["files"] = files = find_files(kind, directory)
     settings["data_dir"] = os.path.join(data_dir, "manual", _fingerprint(files))
-    made = e2e_nlg.E2eNlg(files=files, **settings)
-  else:
-    made = e2e_nlg.E2eNlg(**settings)
+  elif hasattr(kind, "FILES") and not kind.URLS:
+    raise UserError(
+      f"'{name}' is read from files at hand: name their directory with "
+      "--config.data.manual_dir=DIR"
+    )
+  made = kind(**settings)
   if not os.path.exists(made.data_dir):
     print(f"preparing {name} in {made.data_dir}", flush=True)
   # TFDS writes beside the final folder and renames: a failure leaves nothing
@@ -63,13 +85,27 @@ def builder(name: str, data_dir: str, manual_dir: str = ""):
 def examples(
   name: str, data_dir: str, manual_dir: str, split: str
 ) -> tuple[tuple[str, str], ...]:
-  """(prompt, completion) of a split, in the builder's order."""
-  source = builder(name, data_dir, manual_dir).as_data_source(split)
-  text = lambda x: x.decode() if isinstance(x, bytes) else str(x)
+  """(prompt, completion) of a split, in the builder's order.
+
+  Raises:
+    UserError: see `builder`; or the data set has no such split.
+  """
+  made = builder(name, data_dir, manual_dir)
+  if split not in made.info.splits:
+    raise UserError(
+      f"'{name}' has no split '{split}', only {', '.join(made.info.splits)}: "
+      "it is for evaluation"
+    )
+  source = made.as_data_source(split)
   return tuple(
     (text(row["prompt"]), text(row["completion"]))
     for row in (source[i] for i in range(len(source)))
   )
+
+
+def text(value) -> str:
+  """A text feature, which a data source may give as bytes."""
+  return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def _fingerprint(files: dict[str, str]) -> str:
@@ -77,4 +113,7 @@ def _fingerprint(files: dict[str, str]) -> str:
   for split in sorted(files):
     with open(files[split], "rb") as file:
       digest.update(file.read())
+  # One file that is split here is other data than the same bytes for a split.
+  if len(files) == 1:
+    digest.update(next(iter(files)).encode())
   return digest.hexdigest()[:16]

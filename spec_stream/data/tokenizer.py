@@ -18,6 +18,7 @@ class Tokenizer:
   """Text to ids and back; a thin cover of `tokenizers.Tokenizer`."""
 
   pad_id, bos_id, sep_id, eos_id = range(4)
+  eos_ids = (eos_id,)  # all that end an answer
 
   def __init__(self, core):
     self._core = core

@@ -16,10 +16,18 @@ slots, K key/value heads, G query heads per key/value head, H head size.
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from spec_stream.models.config import ModelConfig
-from spec_stream.models.layers import rotate, rotation, wide
+from spec_stream.models.layers import (
+  Norm,
+  frequencies,
+  rotate,
+  rotation,
+  softcap,
+  wide,
+)
 from spec_stream.models.lora import Linear
 
 _NEVER = -1e30  # finite: a row with nothing to attend to must not give NaN
@@ -27,22 +35,39 @@ _NEVER = -1e30  # finite: a row with nothing to attend to must not give NaN
 
 @flax.struct.dataclass
 class Rows:
-  """What the rows of a call are; the same for each layer."""
+  """What the rows of a call are; the same for all layers of a kind."""
 
-  rotary: jax.Array  # [B, R, 2, 2, H/2], see `rotation`
+  rotary: jax.Array | None  # [B, R, 2, 2, n], see `rotation`
   mask: jax.Array  # [B, R, R] row may attend to the key of row
+  positions: jax.Array  # [B, R]
   turn: jax.Array | None = None  # rotation of values (eq. 9), as `rotary`
   num_main: int = flax.struct.field(pytree_node=False, default=0)  # T
+  window: int = flax.struct.field(pytree_node=False, default=0)  # 0 = none
+
+  def near(self, slots: int, length: jax.Array) -> jax.Array:
+    """[B, 1 or R, S] cache slots that a row may attend to; length: [B]."""
+    slot = jnp.arange(slots)
+    old = (slot < length[:, None])[:, None]
+    if self.window:
+      old &= slot > self.positions[..., None] - self.window
+    return old
 
 
-def main_rows(config: ModelConfig, positions, mask) -> Rows:
-  """Rows without streams. positions: [B, T]; mask: [B, T, T]."""
-  rotary = rotation(positions, config.head_dim, config.rope_theta, config.dtype)
-  return Rows(rotary, mask, num_main=positions.shape[1])
+def main_rows(config: ModelConfig, positions, mask, slides=False) -> Rows:
+  """Rows without streams. positions: [B, T]; mask: [B, T, T]; slides: for the
+  layers with a sliding window."""
+  rotary, window = None, config.sliding_window if slides else 0
+  if config.positions == "rotary":
+    turns, factor = frequencies(config, slides)
+    rotary = rotation(positions, turns, config.dtype, factor)
+  if window:
+    mask = mask & (positions[:, :, None] - positions[:, None] < window)
+  num_main = positions.shape[1]
+  return Rows(rotary, mask, positions, num_main=num_main, window=window)
 
 
 def stream_rows(
-  config: ModelConfig, positions, mask, at, num_streams: int
+  config: ModelConfig, positions, mask, at, num_streams: int, slides=False
 ) -> Rows:
   """Rows of main tokens and of a set of streams on each position `at`.
 
@@ -64,19 +89,19 @@ def stream_rows(
   else:
     back = jnp.zeros((batch, num_main, j.size), bool)
   to_streams = jnp.concatenate([back, own], 1)  # [B, R, U J]
+  mask = jnp.concatenate([to_main, to_streams], 2)
   future = config.streams.stream_position == "future"
   positions = jnp.concatenate(
     [positions, take(positions) + (j if future else 0)], 1
   )
-  rows = main_rows(config, positions, None)
   turn = None
   if config.streams.stream_id == "rotation":
     # Eq. 9: value of stream j times e^{i eps j}; main values stay.
     j = jnp.concatenate([jnp.zeros(num_main, j.dtype), j])[None]
-    angle = config.streams.rotation_eps * j.astype(wide(config.dtype))
-    turn = rotation(angle, config.head_dim, 1.0, config.dtype)
-  mask = jnp.concatenate([to_main, to_streams], 2)
-  return Rows(rows.rotary, mask, turn, num_main)
+    pairs = np.ones(config.head_dim // 2)
+    turn = rotation(j, config.streams.rotation_eps * pairs, config.dtype)
+  rows = main_rows(config, positions, mask, slides)
+  return rows.replace(turn=turn, num_main=num_main)
 
 
 def at_rows(x: jax.Array, at: jax.Array) -> jax.Array:
@@ -94,10 +119,15 @@ class Attention(nnx.Module):
     keys = dict(lora_rank=lora_rank, rngs=rngs)
     # Per key/value head: its G queries, its key, its value.
     out = (heads[0], heads[1] + 2, config.head_dim)
-    self.qkv = Linear((config.width,), out, config, **keys)
+    bias = config.qkv_bias
+    self.qkv = Linear((config.width,), out, config, bias=bias, **keys)
     std = (config.num_heads * config.head_dim * 2 * config.num_layers) ** -0.5
     inputs = (*heads, config.head_dim)
-    self.out = Linear(inputs, (config.width,), config, std=std, **keys)
+    keys = dict(std=std, bias=config.out_bias, **keys)
+    self.out = Linear(inputs, (config.width,), config, **keys)
+    norm = lambda: Norm(config, config.head_dim, "rms")
+    self.q_norm = norm() if config.qk_norm else None
+    self.k_norm = norm() if config.qk_norm else None
 
   def __call__(self, x, rows: Rows, cache, length, adapt_from: int):
     """x [B, R, D] -> (y [B, R, D], (k, v) of the T main rows).
@@ -105,11 +135,18 @@ class Attention(nnx.Module):
     k [B, K, H, T] and v [B, K, T, H]. cache: (k, v) of this layer with S in the
     place of T, or None; length: [B].
     """
-    groups, num_main = self.config.groups, rows.num_main
+    config, num_main = self.config, rows.num_main
+    groups = config.groups
     with jax.named_scope("qkv"):
       qkv = self.qkv(x, adapt_from)  # [B, R, K, G+2, H]
-      qk = rotate(qkv[:, :, :, :-1], rows.rotary[:, :, None, None])
-      scale = jnp.asarray(self.config.head_dim**-0.5, qk.dtype)
+      qk = qkv[:, :, :, :-1]
+      if self.q_norm is not None:
+        normed = self.q_norm(qk[:, :, :, :-1]), self.k_norm(qk[:, :, :, -1:])
+        qk = jnp.concatenate(normed, 3)
+      if rows.rotary is not None:
+        qk = rotate(qk, rows.rotary[:, :, None, None])
+      scale = config.attention_scale or config.head_dim**-0.5
+      scale = jnp.asarray(scale, qk.dtype)
       q = jnp.moveaxis(qk[:, :, :, :groups] * scale, 2, 1)  # [B, K, R, G, H]
       k, v = qk[:, :, :, groups], qkv[:, :, :, -1]
       if rows.turn is not None:
@@ -119,30 +156,34 @@ class Attention(nnx.Module):
     with jax.named_scope("attend"):
       blocks = [(k, v, rows.mask[:, None, :, None])]
       if cache is not None:
-        old = jnp.arange(cache[0].shape[3]) < length[:, None]  # [B, S]
-        blocks.append((*cache, old[:, None, None, None]))
-      y = _attend(q, blocks)
+        old = rows.near(cache[0].shape[3], length)  # [B, 1 or R, S]
+        blocks.append((*cache, old[:, None, :, None]))
+      y = _attend(q, blocks, config.attention_softcap)
     with jax.named_scope("out"):
       y = self.out(jnp.moveaxis(y, 1, 2), adapt_from)
     return y, (k[..., :num_main], v[:, :, :num_main])
 
 
-def _attend(q, blocks):
+def _attend(q, blocks, cap: float):
   """One softmax over several blocks of keys.
 
   q: [B, K, R, G, H]; blocks: (k [B, K, H, keys], v [B, K, keys, H], mask,
-  broadcast against [B, K, R, G, keys]). Scores are float32 or wider. The blocks
-  are joined by their common maximum and sum: no key, value or score is copied.
+  broadcast against [B, K, R, G, keys]). Scores are float32 or wider, and
+  soft-capped by `cap`. The blocks are joined by their common maximum and sum:
+  no key, value or score is copied.
   """
   dtype = wide(q.dtype)
   scores = [
     jnp.where(
       mask,
-      jnp.einsum(
-        "bkrgh,bkht->bkrgt",
-        q,
-        k.astype(q.dtype),
-        preferred_element_type=dtype,
+      softcap(
+        jnp.einsum(
+          "bkrgh,bkht->bkrgt",
+          q,
+          k.astype(q.dtype),
+          preferred_element_type=dtype,
+        ),
+        cap,
       ),
       jnp.asarray(_NEVER, dtype),
     )

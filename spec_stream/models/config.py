@@ -10,6 +10,15 @@ _CHOICES = {
   "stream_position": ("future", "same"),
   "lora_layers": ("streams", "all"),
 }
+ROPE_SCALINGS = ("none", "linear", "llama3", "longrope")
+
+
+def _check_choice(group: str, config, name: str, allowed: tuple[str, ...]):
+  if getattr(config, name) not in allowed:
+    raise UserError(
+      f"{group}.{name} is '{getattr(config, name)}': use one of "
+      f"{', '.join(allowed)}"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +55,7 @@ class StreamConfig:
 
   def __post_init__(self):
     for name, allowed in _CHOICES.items():
-      if getattr(self, name) not in allowed:
-        raise UserError(
-          f"model.streams.{name} is '{getattr(self, name)}': use one of "
-          f"{', '.join(allowed)}"
-        )
+      _check_choice("model.streams", self, name, allowed)
     for name in ("num_streams", "map_rank", "lora_rank", "prune_rank"):
       if getattr(self, name) < 0:
         raise UserError(f"model.streams.{name} must not be negative")
@@ -75,12 +80,57 @@ class StreamConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
-  """A decoder: grouped-query attention, rotary positions, RMSNorm, SwiGLU.
+class RopeScaling:
+  """How rotary frequencies are changed for longer contexts.
 
-  dtype is that of the computation, param_dtype that of the weights; softmax,
-  norms and logits are float32 or wider. max_positions bounds prompt and output
-  together: no cache is made for more.
+  kind: "none"; "linear", positions / factor; "llama3", low frequencies divided
+    by factor, high ones kept, a ramp between (low_freq_factor and
+    high_freq_factor in turns over `original_positions`); "longrope", each
+    frequency divided by a factor of its own.
+  short_factors, long_factors: of longrope, one per pair. The long ones serve
+    models with max_positions above original_positions, whatever the prompt:
+    a cache must not mix the two.
+  attention_factor: longrope multiplies cosines and sines by it.
+  """
+
+  kind: str = "none"
+  factor: float = 1.0
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  original_positions: int = 8192
+  short_factors: tuple[float, ...] = ()
+  long_factors: tuple[float, ...] = ()
+  attention_factor: float = 1.0
+
+  def __post_init__(self):
+    _check_choice("model.rope_scaling", self, "kind", ROPE_SCALINGS)
+    if self.factor <= 0:
+      raise UserError("model.rope_scaling.factor must be above 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """A decoder: grouped-query attention, and what families differ in.
+
+  The defaults are Llama's: rotary positions, RMSNorm, SwiGLU, no biases.
+  dtype is that of the computation, param_dtype that of the base weights
+  (adapters are float32); softmax, norms and logits are float32 or wider.
+  max_positions bounds prompt and output together: no cache is made for more.
+
+  norm: "rms" or "layer" (with bias). norm_offset: scales are stored as their
+    difference from 1. post_norms: attention and feed-forward are normed again
+    before they are added. parallel_block: both read the same normed input.
+  activation: "silu", "gelu", "gelu_tanh" or "relu"; gated: times a second
+    projection.
+  qk_norm: RMSNorm of each head's queries and keys.
+  positions: "rotary", or "learned", a table with position_offset spare rows
+    before position 0. rotary_dim: elements of a head that turn, 0 for all.
+  sliding_layers: those whose tokens see the last sliding_window positions
+    alone, themselves included; rope_theta_sliding: their rope_theta (then
+    without rope_scaling), 0 for the same.
+  attention_scale: of the scores; 0 for head_dim^-0.5. *_softcap: scores or
+    logits x become c tanh(x / c); 0 for none.
+  embed_scale: what token embeddings are multiplied by.
   """
 
   vocab_size: int = 1024
@@ -91,8 +141,30 @@ class ModelConfig:
   head_dim: int = 64
   ffw_dim: int = 688
   max_positions: int = 2048
-  rope_theta: float = 10_000.0
+  norm: str = "rms"
   norm_eps: float = 1e-6
+  norm_offset: bool = False
+  post_norms: bool = False
+  parallel_block: bool = False
+  activation: str = "silu"
+  gated: bool = True
+  qkv_bias: bool = False
+  out_bias: bool = False
+  ffw_bias: bool = False
+  head_bias: bool = False
+  qk_norm: bool = False
+  positions: str = "rotary"
+  position_offset: int = 0
+  rotary_dim: int = 0
+  rope_theta: float = 10_000.0
+  rope_theta_sliding: float = 0.0
+  rope_scaling: RopeScaling = RopeScaling()
+  sliding_window: int = 0
+  sliding_layers: tuple[int, ...] = ()
+  attention_scale: float = 0.0
+  attention_softcap: float = 0.0
+  logit_softcap: float = 0.0
+  embed_scale: float = 1.0
   tie_embeddings: bool = True
   dtype: str = "float32"
   param_dtype: str = "float32"
@@ -110,8 +182,20 @@ class ModelConfig:
         f"model.num_heads={self.num_heads} must be a multiple of "
         f"model.num_kv_heads={self.num_kv_heads}"
       )
-    if self.head_dim % 2:
-      raise UserError("model.head_dim must be even: rotary positions pair it")
+    for name in ("head_dim", "rotary_dim"):
+      if getattr(self, name) % 2:
+        raise UserError(f"model.{name} must be even: rotary positions pair it")
+    if not 0 <= self.rotary_dim <= self.head_dim:
+      raise UserError(
+        f"model.rotary_dim={self.rotary_dim} must lie between 0 (all) and "
+        f"model.head_dim={self.head_dim}"
+      )
+    for name, allowed in (
+      ("norm", ("rms", "layer")),
+      ("activation", ("silu", "gelu", "gelu_tanh", "relu")),
+      ("positions", ("rotary", "learned")),
+    ):
+      _check_choice("model", self, name, allowed)
     for name in ("dtype", "param_dtype"):
       if getattr(self, name) not in ("float32", "bfloat16", "float64"):
         raise UserError(
@@ -122,6 +206,22 @@ class ModelConfig:
         f"model.streams.num_stream_layers={self.streams.num_stream_layers} is "
         f"above model.num_layers={self.num_layers}"
       )
+    if self.sliding_layers and self.sliding_window < 1:
+      raise UserError(
+        "model.sliding_layers needs model.sliding_window of 1 or more"
+      )
+    if any(not 0 <= l < self.num_layers for l in self.sliding_layers):
+      raise UserError(
+        f"model.sliding_layers={self.sliding_layers} must lie in "
+        f"[0, {self.num_layers})"
+      )
+    scaling, pairs = self.rope_scaling, self.turned // 2
+    for factors in (scaling.short_factors, scaling.long_factors):
+      if scaling.kind == "longrope" and len(factors) != pairs:
+        raise UserError(
+          f"model.rope_scaling has {len(factors)} longrope factors, but there "
+          f"are {pairs} pairs to turn"
+        )
 
   @property
   def insertion_layer(self) -> int:
@@ -133,16 +233,33 @@ class ModelConfig:
     """G: query heads per key/value head."""
     return self.num_heads // self.num_kv_heads
 
+  @property
+  def turned(self) -> int:
+    """Elements of a head that rotary positions turn."""
+    return self.rotary_dim or self.head_dim
+
+  def slides(self, layer: int) -> bool:
+    """Whether a layer sees the last `sliding_window` positions alone."""
+    return layer in self.sliding_layers
+
 
 def to_dict(config: ModelConfig) -> dict:
-  return dataclasses.asdict(config)
+  """As json gives it back: tuples are lists."""
+  lists = lambda pairs: {
+    key: list(x) if isinstance(x, tuple) else x for key, x in pairs
+  }
+  return dataclasses.asdict(config, dict_factory=lists)
 
 
 def from_dict(values: dict) -> ModelConfig:
-  """Inverse of `to_dict`; an unknown key is a UserError."""
-  values = dict(values)
+  """Inverse of `to_dict`, also after json; an unknown key is a UserError."""
+  tuples = lambda group: {
+    key: tuple(x) if isinstance(x, list) else x for key, x in group.items()
+  }
+  values = tuples(values)
   try:
     streams = StreamConfig(**values.pop("streams", {}))
-    return ModelConfig(**values, streams=streams)
+    scaling = RopeScaling(**tuples(values.pop("rope_scaling", {})))
+    return ModelConfig(**values, streams=streams, rope_scaling=scaling)
   except TypeError as e:
     raise UserError(f"model config: {e}") from e

@@ -19,7 +19,7 @@ class LoRAParam(nnx.Param):
 
 
 class Linear(nnx.Module):
-  """x [..., *in] -> [..., *out] without bias; kernel [*in, *out].
+  """x [..., *in] -> [..., *out]; kernel [*in, *out], bias [*out] or none.
 
   Several projections of the same input stand side by side in one kernel, so
   that main and stream rows pass through one matrix product.
@@ -32,6 +32,7 @@ class Linear(nnx.Module):
     config: ModelConfig,
     *,
     lora_rank: int,
+    bias: bool = False,
     std: float | None = None,
     rngs: nnx.Rngs,
   ):
@@ -41,6 +42,8 @@ class Linear(nnx.Module):
       std or fan_in**-0.5, dtype=config.param_dtype
     )
     self.kernel = nnx.Param(normal(rngs.params(), (*inputs, *outputs)))
+    zeros = lambda: nnx.Param(jnp.zeros(outputs, config.param_dtype))
+    self.bias = zeros() if bias else None
     self.lora_scale = config.streams.lora_alpha / max(lora_rank, 1)
     small = jax.nn.initializers.normal(fan_in**-0.5, dtype=jnp.float32)
     self.lora_a = (
@@ -60,6 +63,8 @@ class Linear(nnx.Module):
     x = x.reshape(batch, rows, -1)
     flat = lambda w, n: w[...].astype(x.dtype).reshape(n, -1)
     y = x @ flat(self.kernel, x.shape[-1])
+    if self.bias is not None:
+      y = y + self.bias[...].astype(x.dtype).reshape(-1)
     if self.lora_a is not None and adapt_from < rows:
       rank = self.lora_b.shape[0]
       low = x[:, adapt_from:] @ flat(self.lora_a, x.shape[-1])

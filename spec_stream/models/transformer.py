@@ -30,7 +30,14 @@ from spec_stream.models.attention import (
   stream_rows,
 )
 from spec_stream.models.config import ModelConfig
-from spec_stream.models.layers import Embed, FeedForward, RMSNorm, wide
+from spec_stream.models.layers import (
+  Embed,
+  FeedForward,
+  Norm,
+  Positions,
+  softcap,
+  wide,
+)
 from spec_stream.models.lora import Linear
 from spec_stream.models.prune import Pruner
 from spec_stream.models.streams import Streams
@@ -39,21 +46,34 @@ ALL = "all"  # streams on every new position
 
 
 class Block(nnx.Module):
-  """Pre-norm attention and feed-forward, each added to the residual."""
+  """Pre-norm attention and feed-forward, each added to the residual.
+
+  With parallel_block both read the same norm; with post_norms each is normed
+  again before it is added.
+  """
 
   def __init__(self, config: ModelConfig, *, lora_rank: int, rngs: nnx.Rngs):
     keys = dict(lora_rank=lora_rank, rngs=rngs)
-    self.attention_norm = RMSNorm(config)
+    norm = lambda wanted: Norm(config) if wanted else None
+    self.attention_norm = Norm(config)
     self.attention = Attention(config, **keys)
-    self.ffw_norm = RMSNorm(config)
+    self.post_attention_norm = norm(config.post_norms)
+    self.ffw_norm = norm(not config.parallel_block)
     self.ffw = FeedForward(config, **keys)
+    self.post_ffw_norm = norm(config.post_norms)
 
   def __call__(self, x, rows: Rows, cache, length, adapt_from: int):
-    y = self.attention_norm(x)
+    y = normed = self.attention_norm(x)
     y, kv = self.attention(y, rows, cache, length, adapt_from)
+    if self.post_attention_norm is not None:
+      y = self.post_attention_norm(y)
     x = x + y
     with jax.named_scope("ffw"):
-      return x + self.ffw(self.ffw_norm(x), adapt_from), kv
+      y = normed if self.ffw_norm is None else self.ffw_norm(x)
+      y = self.ffw(y, adapt_from)
+      if self.post_ffw_norm is not None:
+        y = self.post_ffw_norm(y)
+      return x + y, kv
 
 
 class Transformer(nnx.Module):
@@ -63,15 +83,18 @@ class Transformer(nnx.Module):
     self.config = config
     streams = config.streams
     self.embed = Embed(config, rngs=rngs)
+    learned = config.positions == "learned"
+    self.positions = Positions(config, rngs=rngs) if learned else None
     self.blocks = nnx.List()
     for layer in range(config.num_layers):
       adapt = streams.lora_layers == "all" or layer >= config.insertion_layer
       rank = streams.lora_rank if adapt else 0
       self.blocks.append(Block(config, lora_rank=rank, rngs=rngs))
-    self.final_norm = RMSNorm(config)
+    self.final_norm = Norm(config)
     shape = (config.width,), (config.vocab_size,)
     tied, some = config.tie_embeddings, streams.num_streams > 0
-    self.head = None if tied else Linear(*shape, config, lora_rank=0, rngs=rngs)
+    keys = dict(lora_rank=0, bias=config.head_bias, rngs=rngs)
+    self.head = None if tied else Linear(*shape, config, **keys)
     self.streams = Streams(config, rngs=rngs) if some else None
     prunes = some and streams.prune_rank > 0
     self.pruner = Pruner(config, rngs=rngs) if prunes else None
@@ -80,7 +103,8 @@ class Transformer(nnx.Module):
     """Final-normed hidden [B, R, D] -> logits [B, R, V], float32 or wider."""
     with jax.named_scope("head"):
       head = self.embed.decode if self.head is None else self.head
-      return head(hidden).astype(wide(hidden.dtype))
+      logits = head(hidden).astype(wide(hidden.dtype))
+      return softcap(logits, self.config.logit_softcap)
 
   def early_logits(self, early: jax.Array) -> jax.Array:
     """Early exit of the pruner: hidden at layer L-N_s [B, R, D] -> logits."""
@@ -138,14 +162,20 @@ def forward(
   if not num_streams:
     streams = None
   length = None if cache is None else cache.length
-  rows = main_rows(config, positions, mask)
+  # Layers with a sliding window have another mask, and maybe other angles.
+  kinds = {config.slides(layer) for layer in range(config.num_layers)}
+  of_kinds = lambda make, *args: {s: make(config, *args, s) for s in kinds}
+  rows = of_kinds(main_rows, positions, mask)
   x = model.embed(tokens)
+  if model.positions is not None:
+    x = model.positions(x, positions)
   kv = []
 
   def run(x, layers, adapt_from):
     for layer in layers:
       old = None if cache is None else cache.layers[layer]
-      x, new = model.blocks[layer](x, rows, old, length, adapt_from)
+      kind = rows[config.slides(layer)]
+      x, new = model.blocks[layer](x, kind, old, length, adapt_from)
       kv.append(new)
     return x
 
@@ -160,7 +190,7 @@ def forward(
       x, positions, mask = (at_rows(y, nodes) for y in (x, positions, mask))
       mask = jnp.take_along_axis(mask, nodes[:, None], 2)
       kv = [*take(kv, nodes)]
-      rows = main_rows(config, positions, mask)
+      rows = of_kinds(main_rows, positions, mask)
   num_main = x.shape[1]
   if streams is not None:
     at = None if isinstance(streams, str) else streams
@@ -168,7 +198,7 @@ def forward(
       carriers = x if at is None else at_rows(x, at)
       start = model.streams(carriers, num_streams)
       x = jnp.concatenate([x, start.reshape(x.shape[0], -1, x.shape[2])], 1)
-      rows = stream_rows(config, positions, mask, at, num_streams)
+      rows = of_kinds(stream_rows, positions, mask, at, num_streams)
   top = range(config.insertion_layer, config.num_layers)
   x = model.final_norm(run(x, top, num_main if lossless else 0))
   main, out = x[:, :num_main], None

@@ -25,9 +25,10 @@ class TrainConfig:
   prune_weight: of the pruner's loss, which moves nothing but the pruner.
   objective: "next_token" builds the model without streams: the baseline.
   trainable: "adapters" trains LoRA, streams and pruner, and freezes the base.
-  init_from: workdir of an earlier run. Its base weights (LoRA of shared mode
-    folded in) and its tokenizer start this one, and its streams and adapters if
-    they are configured alike; the rest starts fresh.
+  init_from: workdir of an earlier run, or a Hugging Face directory (which is
+    what config.model.checkpoint sets). Its base weights (LoRA of shared mode
+    folded in) and its tokenizer start this one, and a run's streams and
+    adapters if they are configured alike; the rest starts fresh.
   log_every, save_every: in steps. keep: checkpoints kept, the last ones.
   remat_logits: compute logits twice rather than keep them: less memory.
   seed: of the fresh weights; the order of the data follows data.seed.
@@ -101,13 +102,15 @@ def resolve(model: ModelConfig, train: TrainConfig) -> ModelConfig:
     if streams.num_streams:
       raise UserError(
         "model.streams.mode=lossless leaves the base model as it is: set "
-        "train.trainable=adapters and train.init_from=WORKDIR of a base run"
+        "train.trainable=adapters, and model.checkpoint=HF_DIR or "
+        "train.init_from=WORKDIR of a base run"
       )
   if train.trainable == "adapters":
     if not train.init_from:
       raise UserError(
         "train.trainable=adapters freezes the base model, which here is fresh "
-        "and untrained: set train.init_from=WORKDIR of a base run"
+        "and untrained: set model.checkpoint=HF_DIR or train.init_from=WORKDIR "
+        "of a base run"
       )
     if not (streams.num_streams or streams.lora_rank):
       raise UserError(

@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import pathlib
 import signal
 import time
 
@@ -17,6 +16,7 @@ from spec_stream import checkpoints, sharding, weights
 from spec_stream.checkpoints import Saver
 from spec_stream.data.pipeline import DataConfig, train_iterator
 from spec_stream.errors import UserError
+from spec_stream.hf import checkpoint as hf
 from spec_stream.metrics import MetricWriter
 from spec_stream.models import config as model_config
 from spec_stream.models import transformer
@@ -59,12 +59,12 @@ def fit(
     return True
   base = {}
   if train.init_from and not last:
-    base = load_base(train.init_from, model)
-  state, shardings = states.init(model, train, mesh)
-  state = states.with_base(state, base)
+    base = load_base(train.init_from, model, mesh)
+  state, shardings = states.init(model, train, mesh, base)
+  del base
   if not last and jax.process_index() == 0:
     checkpoints.write_config(workdir, settings)
-    tokenizer.save(str(pathlib.Path(workdir) / "tokenizer.json"))
+    checkpoints.write_tokenizer(workdir, tokenizer)
   source = train_iterator(
     data,
     tokenizer,
@@ -248,14 +248,19 @@ def _restore(saver: Saver, step: int, state, source):
   )
 
 
-def load_base(workdir: str, model: ModelConfig) -> weights.Weights:
-  """Weights of an earlier run: its base, LoRA of shared mode folded in.
+def load_base(
+  workdir: str, model: ModelConfig, mesh: Mesh | None = None
+) -> weights.Weights:
+  """Weights of an earlier run: its base, LoRA of shared mode folded in; or of
+  a Hugging Face checkpoint.
 
   If its streams are configured as here, they and the adapters go on as well.
 
   Raises: UserError if that run's base model is not this one's.
   """
-  run = checkpoints.load_run(workdir)
+  if hf.is_checkpoint(workdir):
+    return hf.read_weights(workdir, model, mesh)
+  run = checkpoints.load_run(workdir, mesh=mesh)
   theirs = run.model.config
   for field in dataclasses.fields(ModelConfig):
     old, new = getattr(theirs, field.name), getattr(model, field.name)
@@ -278,23 +283,40 @@ def load_base(workdir: str, model: ModelConfig) -> weights.Weights:
 
 
 def prepare_tokenizer(workdir: str, data: DataConfig, train: TrainConfig):
-  """The run's tokenizer: that in workdir, that of init_from, or a new one.
+  """The run's tokenizer: that in workdir, that of init_from (a run or a Hugging
+  Face checkpoint), or a new one.
 
   A new one is trained on the training split. Raises: UserError.
   """
   from spec_stream.data.pipeline import examples
   from spec_stream.data.tokenizer import Tokenizer
 
+  if train.init_from and hf.is_checkpoint(train.init_from):
+    from spec_stream.hf import tokenizer
+
+    last = checkpoints.steps(workdir)
+    return tokenizer.load(
+      checkpoints.tokenizer_directory(workdir) if last else train.init_from
+    )
+  given = Tokenizer.load(data.tokenizer) if data.tokenizer else None
   for run in (workdir if checkpoints.steps(workdir) else "", train.init_from):
     if not run:
       continue
     config = checkpoints.read_config(run)
+    own = checkpoints.read_tokenizer(run, config["model"]["vocab_size"])
+    if given and given.hash() != own.hash():
+      raise UserError(
+        f"data.tokenizer={data.tokenizer} is not the tokenizer of {run}, whose "
+        "model knows no other: leave data.tokenizer empty"
+      )
     size = config.get("data", {}).get("vocab_size")
-    if size != data.vocab_size:
+    if size != data.vocab_size and not given:
       raise UserError(
         f"the tokenizer of {run} was made with data.vocab_size={size}, now it "
         f"is {data.vocab_size}: use the same"
       )
-    return checkpoints.read_tokenizer(run, config["model"]["vocab_size"])
+    return own
+  if given:
+    return given
   texts = (text for pair in examples(data, "train") for text in pair)
   return Tokenizer.train(texts, data.vocab_size)

@@ -15,6 +15,8 @@ from spec_stream.models.prune import PruneParam
 from spec_stream.train.config import TrainConfig
 from spec_stream.weights import Weights
 
+_NONE: Weights = {}
+
 
 @flax.struct.dataclass
 class TrainState:
@@ -67,44 +69,46 @@ def optimizer(model: ModelConfig, config: TrainConfig):
 
 
 def _decays(path: str) -> bool:
-  return path.rsplit("/", 1)[-1] not in ("scale", "table", "embed")
+  return path.rsplit("/", 1)[-1] not in ("scale", "bias", "table", "embed")
 
 
 def init(
-  model: ModelConfig, config: TrainConfig, mesh: Mesh
+  model: ModelConfig, config: TrainConfig, mesh: Mesh, base: Weights = _NONE
 ) -> tuple[TrainState, TrainState]:
-  """The fresh state on the mesh, and the shardings of its leaves.
+  """The first state on the mesh, and the shardings of its leaves.
+
+  base: weights that are known already, by path; the others are drawn afresh,
+  and nothing is drawn or held twice.
 
   Raises: UserError if the mesh does not divide the model.
   """
-  names = weights.paths(model, object)
+  shapes = weights.shapes(model)
+  names = set(shapes)
   if config.trainable == "adapters":
     names = weights.paths(model, *weights.ADAPTERS)
+  place = sharding.weight_shardings(mesh, shapes)
   tx = optimizer(model, config)
 
-  def make():
-    fresh = weights.init(model, config.seed)
-    trained = {path: w for path, w in fresh.items() if path in names}
-    frozen = {path: w for path, w in fresh.items() if path not in names}
-    return TrainState(
-      step=jnp.zeros((), jnp.int32),
-      trained=trained,
-      frozen=frozen,
-      opt_state=tx.init(trained),
-    )
+  def fresh():
+    drawn = weights.init(model, config.seed)
+    return {path: x for path, x in drawn.items() if path not in base}
 
-  by_path = sharding.weight_shardings(mesh, weights.shapes(model))
-  shardings = sharding.tree_shardings(mesh, jax.eval_shape(make), by_path)
-  return jax.jit(make, out_shardings=shardings)(), shardings
+  part = lambda values, kept: {
+    path: x for path, x in values.items() if (path in names) == kept
+  }
+  drawn = jax.jit(
+    fresh, out_shardings={p: place[p] for p in shapes if p not in base}
+  )()
+  given = {path: jax.device_put(base[path], place[path]) for path in base}
+  values = {path: drawn.get(path, given.get(path)) for path in shapes}
 
+  def make(trained, frozen):
+    step = jnp.zeros((), jnp.int32)
+    return TrainState(step, trained, frozen, tx.init(trained))
 
-def with_base(state: TrainState, base: Weights) -> TrainState:
-  """The state with these weights in place of its own; see `checkpoints`."""
-
-  def place(own: Weights) -> Weights:
-    return {
-      path: jax.device_put(base[path], w.sharding) if path in base else w
-      for path, w in own.items()
-    }
-
-  return state.replace(trained=place(state.trained), frozen=place(state.frozen))
+  shape = jax.eval_shape(make, part(shapes, True), part(shapes, False))
+  shardings = sharding.tree_shardings(mesh, shape, place)
+  trained = part(values, True)
+  opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state)(trained)
+  step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
+  return TrainState(step, trained, part(values, False), opt_state), shardings

@@ -1,0 +1,1 @@
+"""Checkpoints of Hugging Face: weights, tokenizers and families of models."""
