@@ -53,8 +53,9 @@ ROUNDS += [{"role": "user", "content": "漢字\n"}]
 TEMPLATE = """{{ bos_token }}{% for m in messages %}
 {% if m.role not in ['user', 'assistant'] %}
 {{ raise_exception('no role ' + m.role) }}{% endif %}
-{% if loop.index > 9 %}{% break %}{% endif %}
-[{{ m.role }}] {{ m.content | tojson }}{{ eos_token }}{% endfor %}
+  {% if loop.index > 9 %}{% break %}{% endif %}
+[{{ m.role }}]{% generation %} {{ m.content | tojson }}{% endgeneration %}
+{{ eos_token }}{% endfor %}
 {% if add_generation_prompt %}[assistant]{% endif %}"""
 
 
@@ -105,7 +106,7 @@ def spm(**settings):
 def llama3(root):
   """A tokenizer.json that puts bos first, with two tokens that end."""
   core = byte_level(["<|begin|>", "<|end|>", "<|eot|>"])
-  core.add_tokens(["<think>", "  "])
+  core.add_tokens(["<é>", "<think>", "  "])
   core.post_processor = tk.processors.TemplateProcessing(
     single="<|begin|> $A", special_tokens=[("<|begin|>", 0)]
   )
@@ -161,7 +162,10 @@ def llama(root, **settings):
       "bos_token": "<s>",
       "eos_token": "</s>",
       "unk_token": "<unk>",
-      "added_tokens_decoder": {str(size): {"content": "<|end|>", **special}},
+      "added_tokens_decoder": {
+        str(size): {"content": "<|end|>", **special},
+        str(size + 1): {"content": "<tool>", **special, "special": False},
+      },
       "chat_template": [{"name": "default", "template": TEMPLATE}],
       **settings,
     },
@@ -258,7 +262,7 @@ def test_special_ids(loaded):
     n: (t.bos_id, t.eos_id, t.eos_ids, t.pad_id, t.sep_id)
     for n, t in loaded.items()
   }
-  end = loaded["llama"].vocab_size - 1
+  end = loaded["llama"].vocab_size - 2
   assert ids == {
     "llama3": (0, 2, (2, 1), 2, None),
     "opt": (2, 2, (2,), 1, None),
@@ -266,7 +270,11 @@ def test_special_ids(loaded):
     "gemma": (1, 2, (2, 3), 2, None),
     "mistral": (1, 2, (2,), 2, None),
   }
-  assert loaded["llama"].vocab_size == 381  # 380 and the added one
+  assert loaded["llama"].vocab_size == 382  # 380 and the added ones
+  # Tokens that are added but not special are so in any text.
+  assert loaded["llama"].encode("a<tool>")[-1] == 381
+  assert loaded["llama"].decode([381]) == "<tool>"
+  assert loaded["llama3"].decode(loaded["llama3"].encode("<é>")) == "<é>"
   size = loaded["llama3"].vocab_size
   assert loaded["llama3"].decode([0, size - 2, 2, size - 1]) == "<think>  "
   assert Tokenizer.eos_ids == (Tokenizer.eos_id,)
@@ -293,7 +301,7 @@ def test_prompts_begin_as_the_checkpoint_says(name, loaded):
 
 def test_special_tokens_in_a_prompt(loaded):
   llama, gemma = loaded["llama"], loaded["gemma"]
-  end = llama.vocab_size - 1
+  end = llama.vocab_size - 2
   ids = llama.encode_prompt("a</s>b <|end|> c")
   assert [i for i in ids if i in (1, 2, end)] == [1, 2, end]
   assert llama.decode(ids) == "ab  c"
@@ -317,7 +325,7 @@ def test_spaces_that_a_token_swallows(tmp_path):
     token |= {"lstrip": True, "rstrip": True}
   tokenizer = load(put(root, tokenizer_config__json=config))
   ids = tokenizer.encode_prompt("a  <|end|>  b")
-  end = ids.index(tokenizer.vocab_size - 1)
+  end = ids.index(tokenizer.vocab_size - 2)
   assert tokenizer.decode(ids[:end]) == "a"
   assert ids[end + 1 :] == tokenizer.encode("b", start=False)
 
@@ -339,7 +347,9 @@ def test_a_dummy_space_and_folding_models(tmp_path):
   tokenizer = load(put(tmp_path / "b", tokenizer__model=blob))
   ids = tokenizer.encode("  ﬁne   dog ")
   assert tokenizer.decode(ids) == "fine dog"
-  assert tokenizer.decode(tokenizer.encode("▁") + ids) == "fine dog"
+  package = sentencepiece.SentencePieceProcessor(model_proto=blob)
+  ids = [package.piece_to_id("▁"), package.piece_to_id("▁"), *ids]
+  assert tokenizer.decode(ids) == package.decode(ids) == "fine dog"
 
 
 # -- text as it comes --------------------------------------------------------
@@ -508,6 +518,7 @@ def test_bad_merges_and_kinds(tmp_path):
     ("{{ raise_exception('roles must\n alternate') }}", "roles must alternate"),
     ("{{ messages.__class__.__mro__[1] }}", "refuses"),
     ("{{ 1 // 0 }}", "refuses"),
+    ("{{ messages.append(1) }}", "refuses"),
   ],
 )
 def test_bad_templates(template, message, tmp_path):
@@ -536,6 +547,13 @@ def test_chat(loaded):
   assert ids[: len(short)] == short and short[-1] == 2
 
 
+def test_a_template_may_ask_for_the_date(tmp_path):
+  root = put(opt(tmp_path), chat_template__jinja="{{ strftime_now('%Y') }}")
+  before, ours = time.strftime("%Y"), load(root)
+  year = ours.decode(ours.encode_chat(ROUNDS))
+  assert before <= year <= time.strftime("%Y")
+
+
 # -- as transformers does ----------------------------------------------------
 
 
@@ -552,7 +570,11 @@ def one_space(text):
 def test_ids_of_transformers(name, roots, loaded):
   auto = pytest.importorskip("transformers").AutoTokenizer
   theirs, ours = auto.from_pretrained(str(roots[name])), loaded[name]
-  samples = TEXTS + ODD + ["a</s>b<|end|> c", "<|eot|>x", "<s>y"]
+  samples = (
+    TEXTS
+    + ODD
+    + ["a<tool>b</s>c<think>d", "a</s>b<|end|> c", "<|eot|>x", "<s>y"]
+  )
   if name == "llama":
     samples = [s for s in samples if one_space(s)]
   for sample in samples:

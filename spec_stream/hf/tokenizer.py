@@ -288,14 +288,13 @@ def _added(config: dict, numbers: dict, names: dict[str, str]) -> list[Added]:
 
 
 def _declared_ids(files: Mapping[str, bytes]) -> dict[str, list[int]]:
-  """Ids by kind from generation_config.json, else config.json."""
+  """Ids by kind, of generation_config.json, else config.json; -1 is none."""
   ids = {}
   for name in ("generation_config.json", "config.json"):
     config = _json(files, name)
     for kind in _IDS:
       value = config.get(kind)
       value = value if isinstance(value, list) else [value]
-      # Some write -1 for none.
       value = [i for i in value if type(i) is int and i >= 0]
       ids[kind] = ids.get(kind) or value
   return ids

@@ -19,18 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from spec_stream.models import segments
 from spec_stream.models.config import ModelConfig
 from spec_stream.models.layers import (
   Norm,
   frequencies,
   rotate,
   rotation,
-  softcap,
-  wide,
 )
 from spec_stream.models.lora import Linear
-
-_NEVER = -1e30  # finite: a row with nothing to attend to must not give NaN
+from spec_stream.models.scores import joined, scores
+from spec_stream.models.segments import SegmentRows
 
 
 @flax.struct.dataclass
@@ -129,14 +128,16 @@ class Attention(nnx.Module):
     self.q_norm = norm() if config.qk_norm else None
     self.k_norm = norm() if config.qk_norm else None
 
-  def __call__(self, x, rows: Rows, cache, length, adapt_from: int):
+  def __call__(
+    self, x, rows: Rows | SegmentRows, cache, length, adapt_from: int
+  ):
     """x [B, R, D] -> (y [B, R, D], (k, v) of the T main rows).
 
     k [B, K, H, T] and v [B, K, T, H]. cache: (k, v) of this layer with S in the
     place of T, or None; length: [B].
     """
     config, num_main = self.config, rows.num_main
-    groups = config.groups
+    groups, cap = config.groups, config.attention_softcap
     with jax.named_scope("qkv"):
       qkv = self.qkv(x, adapt_from)  # [B, R, K, G+2, H]
       qk = qkv[:, :, :, :-1]
@@ -154,48 +155,26 @@ class Attention(nnx.Module):
       k = jnp.moveaxis(k, 1, 3)  # [B, K, H, R]
       v = v.swapaxes(1, 2)  # [B, K, R, H]
     with jax.named_scope("attend"):
-      blocks = [(k, v, rows.mask[:, None, :, None])]
-      if cache is not None:
-        old = rows.near(cache[0].shape[3], length)  # [B, 1 or R, S]
-        blocks.append((*cache, old[:, None, :, None]))
-      y = _attend(q, blocks, config.attention_softcap)
+      if isinstance(rows, SegmentRows):
+        y = segments.attend(q, k, v, rows, cap)
+      else:
+        y = _attend(q, k, v, rows, cache, length, cap)
     with jax.named_scope("out"):
       y = self.out(jnp.moveaxis(y, 1, 2), adapt_from)
     return y, (k[..., :num_main], v[:, :, :num_main])
 
 
-def _attend(q, blocks, cap: float):
-  """One softmax over several blocks of keys.
+def _attend(q, k, v, rows: Rows, cache, length, cap: float):
+  """q [B, K, R, G, H], k [B, K, H, R], v [B, K, R, H] -> y like q.
 
-  q: [B, K, R, G, H]; blocks: (k [B, K, H, keys], v [B, K, keys, H], mask,
-  broadcast against [B, K, R, G, keys]). Scores are float32 or wider, and
-  soft-capped by `cap`. The blocks are joined by their common maximum and sum:
-  no key, value or score is copied.
+  The cache, where there is one, is a second block of keys in one softmax.
   """
-  dtype = wide(q.dtype)
-  scores = [
-    jnp.where(
-      mask,
-      softcap(
-        jnp.einsum(
-          "bkrgh,bkht->bkrgt",
-          q,
-          k.astype(q.dtype),
-          preferred_element_type=dtype,
-        ),
-        cap,
-      ),
-      jnp.asarray(_NEVER, dtype),
-    )
-    for k, _, mask in blocks
-  ]
-  top = jnp.max(scores[0], -1, keepdims=True)
-  for score in scores[1:]:
-    top = jnp.maximum(top, jnp.max(score, -1, keepdims=True))
-  exps = [jnp.exp(score - jax.lax.stop_gradient(top)) for score in scores]
-  total = sum(jnp.sum(e, -1, keepdims=True) for e in exps)
-  y = sum(
-    jnp.einsum("bkrgt,bkth->bkrgh", e.astype(q.dtype), v.astype(q.dtype))
-    for e, (_, v, _) in zip(exps, blocks, strict=True)
-  )
-  return (y / total).astype(q.dtype)
+  equation = "bkrgh,bkht->bkrgt"
+  blocks = [scores(equation, q, k, rows.mask[:, None, :, None], cap)]
+  values = [v]
+  if cache is not None:
+    old = rows.near(cache[0].shape[3], length)[:, None, :, None]
+    blocks.append(scores(equation, q, cache[0], old, cap))
+    values.append(cache[1])
+  weigh = [("bkrgt,bkth->bkrgh", x.astype(q.dtype)) for x in values]
+  return joined(blocks, weigh)

@@ -40,6 +40,7 @@ from spec_stream.models.layers import (
 )
 from spec_stream.models.lora import Linear
 from spec_stream.models.prune import Pruner
+from spec_stream.models.segments import Segments, segment_rows
 from spec_stream.models.streams import Streams
 
 ALL = "all"  # streams on every new position
@@ -130,12 +131,13 @@ def forward(
   model: Transformer,
   tokens: jax.Array,
   positions: jax.Array,
-  mask: jax.Array,
+  mask: jax.Array | Segments,
   *,
   cache: KVCache | None = None,
   streams: jax.Array | str | None = None,
   num_streams: int | None = None,
   keep: Callable[[jax.Array], tuple[jax.Array, Any]] | None = None,
+  remat: bool = False,
 ) -> Output:
   """One pass over new tokens.
 
@@ -144,6 +146,7 @@ def forward(
     tokens: [B, T] int32.
     positions: [B, T] absolute positions.
     mask: [B, T, T]; True where position (row) may attend to position (column).
+      In training `Segments`, which never holds it whole; no cache, no `keep`.
     cache: committed tokens, all visible to all new ones.
     streams: which positions carry streams: None, ALL, or [B, U] indices into T,
       -1 for none. After `keep`, indices into what it kept.
@@ -153,6 +156,8 @@ def forward(
     keep: chooses, from the hidden states [B, T, D] after layer L-N_s, the rows
       [B, T'] (ascending) that enter the top layers, and returns them with
       whatever the caller wants back as `Output.kept`: see `prune`.
+    remat: compute each block again in the backward pass rather than keep what
+      it computed: less memory, a third more time. Not with a cache.
 
   Raises:
     UserError: streams asked of a model that has none.
@@ -164,8 +169,12 @@ def forward(
   length = None if cache is None else cache.length
   # Layers with a sliding window have another mask, and maybe other angles.
   kinds = {config.slides(layer) for layer in range(config.num_layers)}
-  of_kinds = lambda make, *args: {s: make(config, *args, s) for s in kinds}
-  rows = of_kinds(main_rows, positions, mask)
+  of_kinds = lambda make, *args: {
+    slides: make(config, *args, slides=slides) for slides in kinds
+  }
+  in_segments = isinstance(mask, Segments)
+  make_rows = segment_rows if in_segments else main_rows
+  rows = of_kinds(make_rows, positions, mask)
   x = model.embed(tokens)
   if model.positions is not None:
     x = model.positions(x, positions)
@@ -175,7 +184,9 @@ def forward(
     for layer in layers:
       old = None if cache is None else cache.layers[layer]
       kind = rows[config.slides(layer)]
-      x, new = model.blocks[layer](x, kind, old, length, adapt_from)
+      block = model.blocks[layer]
+      call = _rematerialised(block) if remat else block
+      x, new = call(x, kind, old, length, adapt_from)
       kv.append(new)
     return x
 
@@ -194,17 +205,33 @@ def forward(
   num_main = x.shape[1]
   if streams is not None:
     at = None if isinstance(streams, str) else streams
+    if in_segments and at is None:
+      at = jnp.broadcast_to(jnp.arange(num_main), x.shape[:2])
     with jax.named_scope("insert_streams"):
       carriers = x if at is None else at_rows(x, at)
       start = model.streams(carriers, num_streams)
       x = jnp.concatenate([x, start.reshape(x.shape[0], -1, x.shape[2])], 1)
-      rows = of_kinds(stream_rows, positions, mask, at, num_streams)
+      make_rows = segment_rows if in_segments else stream_rows
+      rows = of_kinds(make_rows, positions, mask, at, num_streams)
   top = range(config.insertion_layer, config.num_layers)
   x = model.final_norm(run(x, top, num_main if lossless else 0))
   main, out = x[:, :num_main], None
   if streams is not None:
     out = x[:, num_main:].reshape(start.shape)
   return Output(main=main, streams=out, kv=tuple(kv), early=early, kept=kept)
+
+
+def _rematerialised(block: Block):
+  graph, state = nnx.split(block)
+
+  def call(x, rows, cache, length, adapt_from):
+    del cache, length
+    run = lambda state, x, rows: nnx.merge(graph, state)(
+      x, rows, None, None, adapt_from
+    )
+    return jax.checkpoint(run)(state, x, rows)
+
+  return call
 
 
 def _check_streams(config: ModelConfig, streams, num_streams) -> int:

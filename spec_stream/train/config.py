@@ -9,6 +9,7 @@ _CHOICES = {
   "schedule": ("linear", "cosine", "constant"),
   "objective": ("streams", "next_token"),
   "trainable": ("all", "adapters"),
+  "target": ("labels", "main"),
 }
 
 
@@ -22,6 +23,9 @@ class TrainConfig:
   accumulate: microbatches of one step, which divide data.batch_size.
   main_weight: a_0 of eq. 5. In lossless mode a_0 is 0 whatever stands here.
   stream_weight: a_j, one number for all or one for each of the J streams.
+  target: what streams learn to say. "labels": the text's token (eq. 5). "main":
+    the main stream's own distribution at that position, from the same pass and
+    held constant; it is what acceptance compares a draft with.
   prune_weight: of the pruner's loss, which moves nothing but the pruner.
   objective: "next_token" builds the model without streams: the baseline.
   trainable: "adapters" trains LoRA, streams and pruner, and freezes the base.
@@ -30,6 +34,9 @@ class TrainConfig:
     folded in) and its tokenizer start this one, and a run's streams and
     adapters if they are configured alike; the rest starts fresh.
   log_every, save_every: in steps. keep: checkpoints kept, the last ones.
+  segment: positions whose attention scores are in memory at a time (paper
+    appendix C); must divide data.seq_len and data.stream_positions; 0 = all.
+  remat: compute each block twice rather than keep what it computed.
   remat_logits: compute logits twice rather than keep them: less memory.
   seed: of the fresh weights; the order of the data follows data.seed.
   """
@@ -43,6 +50,7 @@ class TrainConfig:
   accumulate: int = 1
   main_weight: float = 1.0
   stream_weight: float | tuple[float, ...] = (0.1,)
+  target: str = "labels"
   prune_weight: float = 1.0
   objective: str = "streams"
   trainable: str = "all"
@@ -50,6 +58,8 @@ class TrainConfig:
   log_every: int = 10
   save_every: int = 200
   keep: int = 2
+  segment: int = 0
+  remat: bool = False
   remat_logits: bool = False
   seed: int = 0
 
@@ -65,7 +75,7 @@ class TrainConfig:
         raise UserError(f"train.{name} must be 1 or more")
     for name in (
       "learning_rate warmup_steps weight_decay clip_norm main_weight "
-      "prune_weight seed"
+      "prune_weight segment seed"
     ).split():
       if not getattr(self, name) >= 0:
         raise UserError(f"train.{name} must not be negative")
@@ -86,6 +96,16 @@ def stream_weights(
     )
   weight = tuple(weight) * (num_streams if len(weight) == 1 else 1)
   return tuple(map(float, weight))
+
+
+def check_segment(segment: int, seq_len: int, stream_positions: int):
+  """Raises: UserError unless segments divide the rows."""
+  for name, size in (
+    ("seq_len", seq_len),
+    ("stream_positions", stream_positions or seq_len),
+  ):
+    if segment and size % segment and size > segment:
+      raise UserError(f"train.segment={segment} must divide data.{name}={size}")
 
 
 def resolve(model: ModelConfig, train: TrainConfig) -> ModelConfig:

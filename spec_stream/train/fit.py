@@ -52,6 +52,7 @@ def fit(
   """
   model = train_config.resolve(model, train)
   sharding.check_batch(mesh, data.batch_size, train.accumulate)
+  train_config.check_segment(train.segment, data.seq_len, data.stream_positions)
   settings = describe(model, data, train)
   last = check_resume(workdir, settings)
   if last >= train.steps:

@@ -1,13 +1,17 @@
 """The training loss (paper eq. 5), on completion tokens only.
 
     L = a_0 mean CE(main at i -> token i+1)
-      + sum_j a_j mean CE(stream j at i -> token i+1+j)
+      + sum_j a_j mean CE(stream j at i -> token i+1+j, or main at i+j)
       + CE(early exit at i -> token i+1), which moves the pruner alone
 
 A target counts if its token belongs to the completion (`loss_mask`) of the
 segment of i. Each mean is over all targets of its kind in the global batch.
 The positions i before a completion token are those that carry streams, so the
 LM head runs on these U rows alone.
+
+The stream's target is the token itself, or what the main stream says of it at
+position i+j, which the same pass holds: acceptance compares a draft with the
+main stream, not with the text.
 
 Letters: B batch row, T positions, U positions with streams, J streams, D width,
 V vocabulary, R rows.
@@ -21,7 +25,8 @@ from flax import nnx
 
 from spec_stream.models.attention import at_rows
 from spec_stream.models.prune import PruneParam
-from spec_stream.models.transformer import Transformer, causal_mask, forward
+from spec_stream.models.segments import Segments
+from spec_stream.models.transformer import Transformer, forward
 from spec_stream.sampling import argmax
 from spec_stream.train.config import stream_weights
 
@@ -33,12 +38,16 @@ Metrics = dict[str, jax.Array]
 class LossConfig:
   """Weights of the terms: a_0, a_j (one number or J of them), the pruner's.
 
+  target, segment, remat: see `TrainConfig`.
   remat_logits: compute logits again in the backward pass rather than keep them.
   """
 
   main_weight: float = 1.0
   stream_weight: float | tuple[float, ...] = 0.1
   prune_weight: float = 1.0
+  target: str = "labels"
+  segment: int = 0
+  remat: bool = False
   remat_logits: bool = False
 
 
@@ -68,22 +77,32 @@ def counts(batch: Batch, num_streams: int) -> jax.Array:
   return jnp.stack([x.sum() for x in valid])
 
 
-def cross_entropy(model: Transformer, hidden, labels, valid, *, remat=False):
+def cross_entropy(
+  model: Transformer, hidden, labels, valid, *, teacher=None, remat=False
+):
   """Sums over valid rows of the cross-entropy and of right argmaxes.
 
-  hidden: [B, R, D] final-normed; labels, valid: [B, R].
+  hidden: [B, R, D] final-normed; labels, valid: [B, R]. teacher: [B, R, D]
+  hidden whose distribution is the target in place of the labels, and whose
+  argmax is then what is right; it gets no gradient.
   """
 
-  def sums(model, hidden):
+  def sums(model, hidden, labels, teacher):
     logits = model.logits(hidden)
-    right = jnp.take_along_axis(logits, labels[..., None], -1)[..., 0]
+    if teacher is None:
+      right = jnp.take_along_axis(logits, labels[..., None], -1)[..., 0]
+    else:
+      target = jax.lax.stop_gradient(model.logits(teacher))
+      labels = argmax(target)
+      right = (jax.nn.softmax(target, -1) * logits).sum(-1)
     ce = jax.nn.logsumexp(logits, -1) - right
     hit = argmax(jax.lax.stop_gradient(logits)) == labels
     return jnp.where(valid, ce, 0).sum(), (hit & valid).sum()
 
   graph, state = nnx.split(model)
-  run = lambda state, hidden: sums(nnx.merge(graph, state), hidden)
-  return (jax.checkpoint(run) if remat else run)(state, hidden)
+  run = lambda state, *rest: sums(nnx.merge(graph, state), *rest)
+  run = jax.checkpoint(run) if remat else run
+  return run(state, hidden, labels, teacher)
 
 
 def loss(
@@ -105,7 +124,8 @@ def loss(
 
   Returns:
     the scalar, and loss, loss_main, accuracy_main, loss_stream_1..,
-    accept_1.. (share of targets that stream j's argmax hits), loss_prune.
+    accept_1.. (share of targets that stream j's argmax hits: the token, or the
+    main stream's own argmax for target "main"), loss_prune.
   """
   num_streams = model.config.streams.num_streams
   weights = stream_weights(config.stream_weight, num_streams)
@@ -116,8 +136,9 @@ def loss(
     model,
     batch["tokens"],
     batch["positions"],
-    causal_mask(batch["segment_ids"]),
+    Segments(batch["segment_ids"], config.segment),
     streams=at if num_streams else None,
+    remat=config.remat,
   )
   head = dict(remat=config.remat_logits)
   labels, valid = targets(batch, at, 1)
@@ -136,8 +157,15 @@ def loss(
     total += config.prune_weight * metrics["loss_prune"]
   for j in range(1, num_streams + 1):
     labels, valid = targets(batch, at, 1 + j)
-    hidden = out.streams[:, :, j - 1]
-    ce, hits = cross_entropy(model, hidden, labels, valid, **head)
+    hidden, teacher = out.streams[:, :, j - 1], None
+    if config.target == "main":
+      last = out.main.shape[1] - 1
+      teacher = at_rows(
+        jax.lax.stop_gradient(out.main), jnp.minimum(at + j, last)
+      )
+    ce, hits = cross_entropy(
+      model, hidden, labels, valid, teacher=teacher, **head
+    )
     metrics[f"loss_stream_{j}"] = ce / count[j]
     metrics[f"accept_{j}"] = hits / count[j]
     total += weights[j - 1] * metrics[f"loss_stream_{j}"]

@@ -78,6 +78,9 @@ def _loss_config(model: ModelConfig, config: TrainConfig) -> losses.LossConfig:
     main_weight=0.0 if lossless else config.main_weight,
     stream_weight=config.stream_weight,
     prune_weight=config.prune_weight,
+    target=config.target,
+    segment=config.segment,
+    remat=config.remat,
     remat_logits=config.remat_logits,
   )
 
