@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# The paper's three tasks, real data: one pretraining, then for each task three
+# trainings, benchmarks and a comparison.
+#
+#   experiments/paper_tasks/run.sh DATA [WORKDIR] [TASK ...]
+#
+# DATA: a directory with english_novels, e2e_nlg, dialogsum and
+# sql_create_context_rederived. WORKDIR: default runs/paper_tasks. TASK: default
+# all three. A second run goes on where the first stopped.
+set -euo pipefail
+data=$(realpath "${1:?give a directory with the four data sets}")
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+work=${2:-runs/paper_tasks}
+tasks=("${@:3}")
+[ ${#tasks[@]} -gt 0 ] || tasks=(e2e_nlg sql_create_context dialogsum)
+python=${PYTHON:-python}
+declare -A folder=([text_corpus]=english_novels [e2e_nlg]=e2e_nlg
+  [dialogsum]=dialogsum [sql_create_context]=sql_create_context_rederived)
+declare -A steps=([e2e_nlg]=300 [dialogsum]=400 [sql_create_context]=600)
+
+train() {  # TASK RUN FLAGS...
+  "$python" launch/train.py --config="configs/paper_tasks.py:$1" \
+    --config.data.manual_dir="$data/${folder[$1]}" \
+    --config.data.data_dir="$work/data" --workdir="$work/$2" "${@:3}"
+}
+lossless=(--config.train.trainable=adapters --config.model.streams.mode=lossless
+  --config.model.streams.num_stream_layers=4
+  --config.model.streams.lora_rank=32 --config.train.steps=300
+  --config.train.stream_weight=1.0 --config.train.learning_rate=2e-3)
+
+mkdir -p "$work"
+[ -f "$work/tokenizer.json" ] ||
+  PYTHONPATH=. "$python" experiments/paper_tasks/tokenizer.py "$data" \
+    "$work/tokenizer.json" --data_dir="$work/data"
+train text_corpus base --config.data.tokenizer="$work/tokenizer.json"
+
+for task in "${tasks[@]}"; do
+  for way in next shared; do
+    objective=streams
+    [ "$way" = next ] && objective=next_token
+    train "$task" "$task/$way" --config.train.init_from="$work/base" \
+      --config.train.objective=$objective \
+      --config.train.steps="${steps[$task]}"
+  done
+  # The base of lossless mode is the model that next-token training gave.
+  for target in main labels; do
+    train "$task" "$task/lossless_$target" "${lossless[@]}" \
+      --config.train.init_from="$work/$task/next" --config.train.target=$target
+  done
+done
+for task in "${tasks[@]}"; do
+  for way in shared lossless_main lossless_labels; do
+    "$python" launch/benchmark.py --workdir="$work/$task/$way" \
+      --prompts=64 --tree_nodes=4,8,16
+  done
+  for way in next shared lossless_main; do
+    "$python" launch/evaluate.py --workdir="$work/$task/$way" --prompts=300
+  done
+done
