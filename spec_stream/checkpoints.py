@@ -3,6 +3,7 @@
     <workdir>/config.json         model, data and train settings, git commit
     <workdir>/tokenizer.json      or tokenizer/, files of a checkpoint's
     <workdir>/checkpoints/<step>/ weights, optimizer, data (the iterator), meta
+    <workdir>/base/               weights that training does not move, if any
 
 A checkpoint is written beside its final name and renamed when complete, so a
 kill never leaves half of one. Weights are a flat dict by path (see `weights`):
@@ -14,6 +15,7 @@ import dataclasses
 import json
 import logging
 import pathlib
+import shutil
 import subprocess
 from typing import Any
 
@@ -24,6 +26,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from spec_stream import sharding, weights
 from spec_stream.errors import UserError
 from spec_stream.models import config as model_config
+from spec_stream.models.config import ModelConfig
 from spec_stream.models.transformer import Transformer
 from spec_stream.weights import Weights
 
@@ -224,6 +227,52 @@ class Saver:
     self.close()
 
 
+def abstract(config: ModelConfig, mesh: Mesh | None = None) -> dict:
+  """Weights by path without values, placed on a mesh or the first device."""
+  shapes = weights.shapes(config)
+  if mesh is None:
+    place = dict.fromkeys(shapes, SingleDeviceSharding(jax.devices()[0]))
+  else:
+    place = sharding.weight_shardings(mesh, shapes)
+  return {
+    path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place[path])
+    for path, x in shapes.items()
+  }
+
+
+def _base(workdir) -> pathlib.Path:
+  return pathlib.Path(workdir).absolute() / "base"
+
+
+def write_base(workdir, frozen: Weights):
+  """Keeps what training does not move, once, beside the checkpoints."""
+  if not frozen:  # nor may that of an abandoned run stay
+    shutil.rmtree(_base(workdir), ignore_errors=True)
+    return
+  _silence()
+  with ocp.StandardCheckpointer() as writer:
+    writer.save(_base(workdir), frozen, force=True)
+
+
+def read_base(workdir, target: dict) -> Weights:
+  """What `write_base` kept; nothing if it kept nothing.
+
+  target: abstract weights by path with their shardings, among them these.
+  """
+  if not _base(workdir).is_dir():
+    return {}
+  _silence()
+  names = _names(_base(workdir))
+  with _readable(_base(workdir)), ocp.StandardCheckpointer() as reader:
+    return reader.restore(_base(workdir), {p: target[p] for p in names})
+
+
+def _names(directory: pathlib.Path) -> list[str]:
+  """Paths of the weights in a directory of orbax."""
+  with _readable(directory), ocp.StandardCheckpointer() as reader:
+    return list(reader.metadata(directory).item_metadata)
+
+
 def load_weights(workdir, config, step=None, mesh: Mesh | None = None):
   """-> (weights of a ModelConfig by path, step); the last step by default.
 
@@ -238,20 +287,15 @@ def load_weights(workdir, config, step=None, mesh: Mesh | None = None):
       f"{workdir} has no checkpoint of step {step}; it has: "
       f"{', '.join(map(str, found))}"
     )
-  shapes = weights.shapes(config)
-  if mesh is None:
-    place = dict.fromkeys(shapes, SingleDeviceSharding(jax.devices()[0]))
-  else:
-    place = sharding.weight_shardings(mesh, shapes)
-  target = {
-    path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place[path])
-    for path, x in shapes.items()
-  }
+  target = abstract(config, mesh)
+  frozen = read_base(workdir, target)
+  target = {path: x for path, x in target.items() if path not in frozen}
   _silence()
   directory = _directory(workdir) / str(step)
   with _readable(directory):
     with ocp.StandardCheckpointer() as reader:
-      return reader.restore(directory / "weights", target), step
+      moved = reader.restore(directory / "weights", target)
+  return {**frozen, **moved}, step
 
 
 def load_checkpoint(

@@ -27,6 +27,10 @@ RULES = (
   (r"head/bias", P("tensor")),
   (r"(blocks/\d+/(attention/)?)?\w+_norm/(scale|bias)", P()),
   (r"blocks/\d+/attention/qkv/kernel", P("fsdp", "tensor", None, None)),
+  # Of quantised kernels, [tiles, *out]: see `models.quant`.
+  (r"blocks/\d+/attention/qkv/kernel_scale", P(None, "tensor", None, None)),
+  (r"blocks/\d+/ffw/gate_up/kernel_scale", P(None, None, "tensor")),
+  (r"blocks/\d+/(attention/out|ffw/down)/kernel_scale", P(None, "fsdp")),
   (r"blocks/\d+/attention/qkv/bias", P("tensor", None, None)),
   (r"blocks/\d+/(attention/out|ffw/down)/bias", P()),
   (r"blocks/\d+/ffw/gate_up/bias", P(None, "tensor")),

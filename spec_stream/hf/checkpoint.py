@@ -27,6 +27,7 @@ from spec_stream.hf import layout
 from spec_stream.hf.families import BY_TYPE
 from spec_stream.hf.keys import Keys
 from spec_stream.models import config as model_config
+from spec_stream.models import quant
 from spec_stream.models.config import ModelConfig, StreamConfig
 from spec_stream.models.transformer import Transformer
 from spec_stream.weights import Weights
@@ -35,7 +36,7 @@ INDEX = "model.safetensors.index.json"
 _BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq")  # old files: no weights
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _LISTED = 8  # names that an error lists
-NO_STREAMS = StreamConfig(num_streams=0)
+NO_STREAMS = StreamConfig(num_streams=0, num_stream_layers=1)
 
 
 def is_checkpoint(directory) -> bool:
@@ -70,6 +71,7 @@ def read_config(
   dtype: str = "",
   param_dtype: str = "",
   max_positions: int = 0,
+  quantize: str = "",
 ) -> ModelConfig:
   """The model that a checkpoint describes.
 
@@ -79,6 +81,7 @@ def read_config(
       none.
     dtype, param_dtype: of computation and weights; "": the checkpoint's own.
     max_positions: fewer or more than the checkpoint says; 0: as many.
+    quantize: as in ModelConfig.
 
   Raises:
     UserError: no such directory, not JSON, a model or a key of it that is not
@@ -115,6 +118,7 @@ def read_config(
     **fields,
     dtype=dtype or own,
     param_dtype=param_dtype or own,
+    quantize=quantize,
     streams=streams,
   )
 
@@ -124,11 +128,12 @@ def configure(settings: dict, vocab_size: int) -> tuple[ModelConfig, str]:
 
   With a checkpoint, the shape and the vocabulary are the checkpoint's; of the
   settings, streams, and where they are not left open (0 or "") max_positions,
-  dtype and param_dtype count. Without one, `vocab_size` is the model's.
+  dtype, param_dtype and quantize count. Without one, `vocab_size` is the
+  model's.
   """
   settings = dict(settings)
   directory = settings.pop("checkpoint")
-  names = ("max_positions", "dtype", "param_dtype")
+  names = ("max_positions", "dtype", "param_dtype", "quantize")
   chosen = {name: settings.pop(name) for name in names}
   chosen = {name: value for name, value in chosen.items() if value}
   if not directory:
@@ -275,15 +280,34 @@ def read_weights(
         )
     values = [tensors.read(name) for name in parts[path].tensors]
     values = layout.pack(parts[path], config, path, x.shape, x.dtype, values)
-    found[path] = jax.device_put(values, place[path])
+    found |= quantised({path: jax.device_put(values, place[path])}, config)
   return found
 
 
 def base_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes of all weights but the streams' and the adapters'."""
+  """Shapes of all weights but the streams' and the adapters', before any is
+  quantised."""
+  config = dataclasses.replace(config, quantize="")
   added = weights.paths(config, *weights.ADAPTERS)
   every = weights.shapes(config)
   return {path: x for path, x in every.items() if path not in added}
+
+
+def quantised(values: Weights, config: ModelConfig) -> Weights:
+  """The weights with kernels in config.quantize, those that are not yet."""
+  out = {}
+  for path, x in values.items():
+    if (
+      not config.quantize
+      or not quant.is_quantised(path)
+      or x.dtype == config.quantize
+    ):
+      out[path] = x
+      continue
+    inputs = 3 if path.endswith("attention/out/kernel") else 1
+    make = jax.jit(quant.quantise, static_argnums=(1, 2))
+    out[path], out[f"{path}_scale"] = make(x, inputs, config.quantize)
+  return out
 
 
 def _by(shape) -> str:
@@ -366,6 +390,11 @@ def describe(config: ModelConfig, prefer: str = "") -> tuple[str, dict]:
 
   Raises: UserError if none can: its config.json would mean another model.
   """
+  if config.quantize:
+    raise UserError(
+      f"a base in {config.quantize} (model.quantize) has no Hugging Face form "
+      "here: export a run of the unquantised base"
+    )
   plain = dataclasses.replace(
     config, streams=NO_STREAMS, dtype="float32", param_dtype="float32"
   )

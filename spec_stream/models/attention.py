@@ -115,7 +115,7 @@ class Attention(nnx.Module):
   def __init__(self, config: ModelConfig, *, lora_rank: int, rngs: nnx.Rngs):
     self.config = config
     heads = (config.num_kv_heads, config.groups)
-    keys = dict(lora_rank=lora_rank, rngs=rngs)
+    keys = dict(lora_rank=lora_rank, quantize=config.quantize, rngs=rngs)
     # Per key/value head: its G queries, its key, its value.
     out = (heads[0], heads[1] + 2, config.head_dim)
     bias = config.qkv_bias

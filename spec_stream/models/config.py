@@ -131,6 +131,8 @@ class ModelConfig:
   attention_scale: of the scores; 0 for head_dim^-0.5. *_softcap: scores or
     logits x become c tanh(x / c); 0 for none.
   embed_scale: what token embeddings are multiplied by.
+  quantize: "int8" or "int4" stores the kernels of the blocks so, see `quant`:
+    a frozen base, to be trained with adapters; "" as param_dtype says.
   """
 
   vocab_size: int = 1024
@@ -168,6 +170,7 @@ class ModelConfig:
   tie_embeddings: bool = True
   dtype: str = "float32"
   param_dtype: str = "float32"
+  quantize: str = ""
   streams: StreamConfig = StreamConfig()
 
   def __post_init__(self):
@@ -194,6 +197,7 @@ class ModelConfig:
       ("norm", ("rms", "layer")),
       ("activation", ("silu", "gelu", "gelu_tanh", "relu")),
       ("positions", ("rotary", "learned")),
+      ("quantize", ("", "int8", "int4")),
     ):
       _check_choice("model", self, name, allowed)
     for name in ("dtype", "param_dtype"):

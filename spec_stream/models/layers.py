@@ -90,6 +90,7 @@ class FeedForward(nnx.Module):
   def __init__(self, config: ModelConfig, *, lora_rank: int, rngs: nnx.Rngs):
     width, hidden = config.width, config.ffw_dim
     keys = dict(lora_rank=lora_rank, bias=config.ffw_bias, rngs=rngs)
+    keys |= dict(quantize=config.quantize)
     self.activation, parts = config.activation, 2 if config.gated else 1
     self.gate_up = Linear((width,), (parts, hidden), config, **keys)
     # Residual branches start small, so that depth does not blow up the sum.

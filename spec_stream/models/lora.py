@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from spec_stream.models import quant
 from spec_stream.models.config import ModelConfig
 
 
@@ -33,6 +34,7 @@ class Linear(nnx.Module):
     *,
     lora_rank: int,
     bias: bool = False,
+    quantize: str = "",
     std: float | None = None,
     rngs: nnx.Rngs,
   ):
@@ -41,7 +43,12 @@ class Linear(nnx.Module):
     normal = jax.nn.initializers.normal(
       std or fan_in**-0.5, dtype=config.param_dtype
     )
-    self.kernel = nnx.Param(normal(rngs.params(), (*inputs, *outputs)))
+    kernel = normal(rngs.params(), (*inputs, *outputs))
+    scale = None
+    if quantize:
+      kernel, scale = quant.quantise(kernel, len(inputs), quantize)
+    self.kernel = nnx.Param(kernel)
+    self.kernel_scale = None if scale is None else nnx.Param(scale)
     zeros = lambda: nnx.Param(jnp.zeros(outputs, config.param_dtype))
     self.bias = zeros() if bias else None
     self.lora_scale = config.streams.lora_alpha / max(lora_rank, 1)
@@ -62,7 +69,13 @@ class Linear(nnx.Module):
     batch, rows = x.shape[:2]
     x = x.reshape(batch, rows, -1)
     flat = lambda w, n: w[...].astype(x.dtype).reshape(n, -1)
-    y = x @ flat(self.kernel, x.shape[-1])
+    if self.kernel_scale is None:
+      y = x @ flat(self.kernel, x.shape[-1])
+    else:
+      scale = self.kernel_scale[...]
+      kernel = self.kernel[...].reshape(x.shape[-1], -1)
+      scale = scale.reshape(len(scale), -1)
+      y = x @ quant.dequantise(kernel, scale, x.dtype)
     if self.bias is not None:
       y = y + self.bias[...].astype(x.dtype).reshape(-1)
     if self.lora_a is not None and adapt_from < rows:

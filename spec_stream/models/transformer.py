@@ -267,7 +267,7 @@ def merge_lora(model: Transformer) -> Transformer:
   """A copy with shared-mode adapters folded into the kernels.
 
   The model itself where there are none, or where they cannot be: lossless
-  adapters serve stream rows alone.
+  adapters serve stream rows alone, and a quantised kernel would lose them.
   """
   linears = lambda model: [
     linear
@@ -280,7 +280,8 @@ def merge_lora(model: Transformer) -> Transformer:
     )
     if linear.lora_a is not None
   ]
-  if model.config.streams.mode == "lossless" or not linears(model):
+  config = model.config
+  if config.streams.mode == "lossless" or config.quantize or not linears(model):
     return model
   model = nnx.clone(model)
   for linear in linears(model):

@@ -61,11 +61,15 @@ def fit(
   base = {}
   if train.init_from and not last:
     base = load_base(train.init_from, model, mesh)
+  elif last:
+    base = checkpoints.read_base(workdir, checkpoints.abstract(model, mesh))
   state, shardings = states.init(model, train, mesh, base)
   del base
   if not last and jax.process_index() == 0:
     checkpoints.write_config(workdir, settings)
     checkpoints.write_tokenizer(workdir, tokenizer)
+  if not last:
+    checkpoints.write_base(workdir, state.frozen)
   source = train_iterator(
     data,
     tokenizer,
@@ -93,7 +97,7 @@ def fit(
     stop = stack.enter_context(_signals())
     batches = itertools.chain([first], source)
     save = lambda step, state: saver.save(
-      step, state.weights, state.opt_state, source
+      step, state.trained, state.opt_state, source
     )
     at = _loop(train, mesh, step, state, batches, save, writer, stop)
     saver.wait()
@@ -215,8 +219,11 @@ def check_resume(workdir: str, settings: dict) -> int:
   if not last:
     return 0  # nothing that could be lost: new settings replace old ones
   saved = checkpoints.read_config(workdir)
+  # A setting that came after the run was made stands at its default there.
+  default = describe(ModelConfig(), DataConfig(), TrainConfig())
   for group in ("model", "data", "train"):
-    old, new = _flat(saved.get(group, {})), _flat(settings[group])
+    old = _flat(default[group]) | _flat(saved.get(group, {}))
+    new = _flat(settings[group])
     for key in sorted(old.keys() | new.keys()):
       if key in _MAY_CHANGE.get(group, ()) or old.get(key) == new.get(key):
         continue
@@ -238,13 +245,12 @@ def _flat(values: dict, prefix: str = "") -> dict:
 
 
 def _restore(saver: Saver, step: int, state, source):
-  values, opt_state = saver.restore(
-    step, state.weights, state.opt_state, source
+  trained, opt_state = saver.restore(
+    step, state.trained, state.opt_state, source
   )
   return state.replace(
     step=jax.device_put(np.int32(step), state.step.sharding),
-    trained={path: values[path] for path in state.trained},
-    frozen={path: values[path] for path in state.frozen},
+    trained=trained,
     opt_state=opt_state,
   )
 
@@ -265,7 +271,8 @@ def load_base(
   theirs = run.model.config
   for field in dataclasses.fields(ModelConfig):
     old, new = getattr(theirs, field.name), getattr(model, field.name)
-    if field.name not in ("streams", "dtype", "param_dtype") and old != new:
+    free = ("streams", "dtype", "param_dtype", "quantize")
+    if field.name not in free and old != new:
       raise UserError(
         f"train.init_from={workdir} has model.{field.name}={old}, here it is "
         f"{new}: the base models must be the same"
@@ -275,10 +282,16 @@ def load_base(
     old, fresh = run.model, frozenset()
   else:
     old = transformer.merge_lora(run.model)
+  if theirs.quantize not in ("", model.quantize):
+    raise UserError(
+      f"train.init_from={workdir} has model.quantize={theirs.quantize}: bits "
+      "that are gone do not come back, so use the same"
+    )
+  base = hf.quantised(weights.to_weights(old), model)
   own = weights.shapes(model)
   return {
     path: x.astype(own[path].dtype)
-    for path, x in weights.to_weights(old).items()
+    for path, x in base.items()
     if path in own and path not in fresh
   }
 
