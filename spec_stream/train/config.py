@@ -118,6 +118,11 @@ def resolve(model: ModelConfig, train: TrainConfig) -> ModelConfig:
     model = dataclasses.replace(model, streams=streams)
   streams = model.streams
   stream_weights(train.stream_weight, streams.num_streams)
+  if model.quantize and train.trainable != "adapters":
+    raise UserError(
+      f"model.quantize={model.quantize} is for a frozen base: set "
+      "train.trainable=adapters"
+    )
   if streams.mode == "lossless" and train.trainable != "adapters":
     if streams.num_streams:
       raise UserError(
@@ -125,11 +130,6 @@ def resolve(model: ModelConfig, train: TrainConfig) -> ModelConfig:
         "train.trainable=adapters, and model.checkpoint=HF_DIR or "
         "train.init_from=WORKDIR of a base run"
       )
-  if model.quantize and train.trainable != "adapters":
-    raise UserError(
-      f"model.quantize={model.quantize} is for a frozen base: set "
-      "train.trainable=adapters"
-    )
   if train.trainable == "adapters":
     if not train.init_from:
       raise UserError(

@@ -1,0 +1,161 @@
+"""A Hugging Face checkpoint, from its directory to a tuned run and back."""
+
+import dataclasses
+import json
+
+import hf_models
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from spec_stream import checkpoints, sharding, weights
+from spec_stream.data.pipeline import DataConfig
+from spec_stream.decode import generate
+from spec_stream.drafters.none import NoDraft
+from spec_stream.drafters.streams import StreamDraft
+from spec_stream.errors import UserError
+from spec_stream.hf import checkpoint
+from spec_stream.models import quant
+from spec_stream.models.config import StreamConfig
+from spec_stream.train import fit
+from spec_stream.train.config import resolve
+from spec_stream.tree import TreeSpec
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+STREAMS = StreamConfig(
+  num_streams=2,
+  num_stream_layers=1,
+  mode="lossless",
+  lora_rank=4,
+  prune_rank=2,
+)
+TRAIN = dataclasses.replace(tiny.TRAIN, steps=8, trainable="adapters")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+  """-> (directory, torch model) of a checkpoint with a byte-level tokenizer."""
+  import tokenizers as tk
+
+  path = tmp_path_factory.mktemp("hf") / "checkpoint"
+  model = hf_models.make("llama", path, vocab_size=320)
+  core = tk.Tokenizer(tk.models.BPE())
+  core.pre_tokenizer = tk.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  core.decoder = tk.decoders.ByteLevel()
+  trainer = tk.trainers.BpeTrainer(
+    vocab_size=300,  # fewer than the embedding has rows, as is usual
+    special_tokens=["<unk>", "<s>", "</s>"],
+    initial_alphabet=sorted(tk.pre_tokenizers.ByteLevel.alphabet()),
+    show_progress=False,
+  )
+  core.train_from_iterator((" ".join(pair) for pair in tiny.pairs()), trainer)
+  core.save(str(path / "tokenizer.json"))
+  names = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+  (path / "tokenizer_config.json").write_text(json.dumps(names))
+  return path, model
+
+
+def train(workdir, source, train=TRAIN, **settings):
+  """What launch/train.py does with model.checkpoint."""
+  data = DataConfig(**tiny.DATA)
+  train = dataclasses.replace(train, init_from=str(source))
+  model = checkpoint.read_config(source, streams=STREAMS, **settings)
+  model = resolve(model, train)
+  tokenizer = fit.prepare_tokenizer(workdir, data, train)
+  mesh = sharding.make_mesh(data=1, fsdp=-1)
+  return fit.fit(workdir, model, data, train, tokenizer, mesh)
+
+
+@pytest.fixture(scope="module")
+def run(source, tmp_path_factory):
+  workdir = str(tmp_path_factory.mktemp("runs") / "run")
+  with pytest.MonkeyPatch.context() as patch:
+    tiny.use_small_data(patch)
+    assert train(workdir, source[0])
+  return workdir
+
+
+def test_the_base_is_the_checkpoint_and_kept_once(source, run):
+  base = weights.to_weights(checkpoint.load(source[0]))
+  tuned = checkpoints.load_run(run)
+  values = weights.to_weights(tuned.model)
+  for path, x in base.items():
+    assert np.array_equal(x, values[path]), path
+  added = weights.paths(tuned.model.config, *weights.ADAPTERS)
+  assert set(values) == set(base) | added
+  assert any(np.any(values[p]) for p in added if p.endswith("lora_b"))
+  for path, steps in ((f"{run}/base", base), (f"{run}/checkpoints/8", added)):
+    directory = path if path.endswith("base") else f"{path}/weights"
+    assert set(checkpoints._names(checkpoints.pathlib.Path(directory))) == set(
+      steps
+    )
+  assert tuned.tokenizer.eos_ids == (2,)
+  assert tuned.tokenizer.decode(tuned.tokenizer.encode("old red")) == "old red"
+
+
+def test_tokens_of_the_tuned_run_are_those_of_transformers(source, run):
+  tuned = checkpoints.load_run(run)
+  rng = np.random.default_rng(0)
+  for count in (3, 17):
+    prompt = rng.integers(3, 300, count).tolist()
+    want = hf_models.greedy(source[1], prompt, 24)
+    for drafter in (NoDraft(), StreamDraft(TreeSpec("best_first", 6))):
+      out = generate(tuned.model, [prompt], drafter, max_new_tokens=24)
+      assert out[0].token_ids == want
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not(
+  source, run, tmp_path, monkeypatch
+):
+  tiny.use_small_data(monkeypatch)
+  workdir = str(tmp_path / "run")
+  schedule = dataclasses.replace(TRAIN, schedule="constant")
+  assert train(workdir, source[0], dataclasses.replace(schedule, steps=4))
+  assert train(workdir, source[0], schedule)
+  once = str(tmp_path / "once")
+  assert train(once, source[0], schedule)
+  a, b = (checkpoints.load_run(path).model for path in (workdir, once))
+  a, b = weights.to_weights(a), weights.to_weights(b)
+  for path, x in a.items():
+    assert np.array_equal(x, b[path]), path
+
+
+@pytest.mark.parametrize("kind", quant.DTYPES)
+def test_a_quantised_base(source, tmp_path, monkeypatch, kind):
+  pytest.importorskip("qwix")
+  tiny.use_small_data(monkeypatch)
+  workdir = str(tmp_path / "run")
+  assert train(workdir, source[0], quantize=kind)
+  model = checkpoints.load_run(workdir).model
+  values = weights.to_weights(model)
+  path = "blocks/0/ffw/down/kernel"
+  assert values[path].dtype == kind
+  exact = np.asarray(weights.to_weights(checkpoint.load(source[0]))[path])
+  about = quant.dequantise(values[path], values[path + "_scale"], jnp.float32)
+  steps = 127 if kind == "int8" else 7
+  error = np.abs(about - exact).max(0) / np.abs(exact).max(0)
+  assert 0 < error.max() <= 0.51 / steps
+  prompt = np.arange(5, 17).tolist()
+  plain, fast = (
+    generate(model, [prompt], drafter, max_new_tokens=24)[0].token_ids
+    for drafter in (NoDraft(), StreamDraft(TreeSpec("best_first", 6)))
+  )
+  assert plain == fast
+  with pytest.raises(UserError, match=f"a base in {kind}"):
+    checkpoint.describe(model.config)
+  whole = dataclasses.replace(TRAIN, trainable="all")
+  with pytest.raises(UserError, match="quantize=int. is for a frozen base"):
+    train(str(tmp_path / "other"), source[0], whole, quantize=kind)
+
+
+def test_a_fresh_base_leaves_no_older_one_behind(source, tmp_path):
+  """A base that an abandoned run left must not enter another run."""
+  values = weights.to_weights(checkpoint.load(source[0]))
+  checkpoints.write_base(tmp_path, values)
+  config = checkpoint.read_config(source[0])
+  assert checkpoints.read_base(tmp_path, checkpoints.abstract(config))
+  checkpoints.write_base(tmp_path, {})
+  assert not checkpoints.read_base(tmp_path, checkpoints.abstract(config))
