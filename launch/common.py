@@ -103,7 +103,10 @@ def _load_configs(argv):
       known = sorted(ROOT.glob("configs/**/[!_]*.py"))
       near = ", ".join(os.path.relpath(p) for p in known) or "none found"
       raise UserError(f"--{name}={value}: no such file; configs are: {near}")
-    configs[name] = flags.FLAGS[name].parser.parse(value)
+    try:
+      configs[name] = flags.FLAGS[name].parser.parse(value)
+    except UserError as error:  # what get_config raised, in a long wrapping
+      raise UserError(f"--{name}={value}: {error.__context__}") from error
   return configs
 
 

@@ -5,6 +5,8 @@
 #
 # PYTHON              the interpreter to use (default: the first good one found)
 # SPEC_STREAM_VENV    where the environment lies (default: .venv in the root)
+# SPEC_STREAM_EXTRAS  extras of setup.py (default: dev; "dev,parity,quant" adds
+#                     what the tests against transformers need, 1 GB)
 #
 # A stamp in the environment holds a hash of setup.py: while that is unchanged,
 # nothing is installed again. Leaves the caller in the repository root, with
@@ -63,10 +65,11 @@ PYTHON=$VENV/bin/python
 export PATH=$VENV/bin:$PATH
 
 # setup.py decides what is installed, this folder where it is installed from.
-stamp=$({ echo "$PWD"; cat setup.py; } | sha256sum | cut -d' ' -f1)
+extras=${SPEC_STREAM_EXTRAS:-dev}
+stamp=$({ echo "$PWD $extras"; cat setup.py; } | sha256sum | cut -d' ' -f1)
 if [ "$(cat "$VENV/spec_stream.stamp" 2>/dev/null)" != "$stamp" ]; then
   echo "installing the packages of setup.py (a minute or two the first time)"
-  "$PYTHON" -m pip install -qq --disable-pip-version-check -e '.[dev]' ||
+  "$PYTHON" -m pip install -qq --disable-pip-version-check -e ".[$extras]" ||
     fail "pip could not install the packages of setup.py"
   echo "$stamp" >"$VENV/spec_stream.stamp"
 fi

@@ -155,6 +155,8 @@ def _drain(flying, limit: int):
 
 
 def _compile(step, state, batch):
+  if any(x.dtype == "int4" for x in state.frozen.values()):
+    return step  # jax 0.10 gives int4 two layouts, and refuses one of them here
   start = time.monotonic()
   compiled = step.lower(state, batch).compile()
   print(f"compiled in {time.monotonic() - start:.1f} s", flush=True)
@@ -305,6 +307,11 @@ def prepare_tokenizer(workdir: str, data: DataConfig, train: TrainConfig):
   from spec_stream.data.pipeline import examples
   from spec_stream.data.tokenizer import Tokenizer
 
+  if data.dataset == "chat_prompts":
+    raise UserError(
+      "data.dataset=chat_prompts has questions without answers, for "
+      "launch/benchmark.py: there is nothing to train on"
+    )
   if train.init_from and hf.is_checkpoint(train.init_from):
     from spec_stream.hf import tokenizer
 
