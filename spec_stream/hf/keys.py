@@ -20,7 +20,7 @@ _HARMLESS = frozenset(
   attn_implementation _attn_implementation _attn_implementation_autoset
   bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id
   decoder_start_token_id forced_bos_token_id forced_eos_token_id prefix
-  pretraining_tp rope_interleaved cache_implementation task_specific_params
+  pretraining_tp cache_implementation task_specific_params
   problem_type id2label label2id num_labels return_dict output_attentions
   output_hidden_states torchscript tie_encoder_decoder is_decoder
   is_encoder_decoder finetuning_task tokenizer_class max_length min_length
@@ -33,6 +33,7 @@ _HARMLESS = frozenset(
   use_bfloat16""".split()
 )
 _NEEDED = object()
+_LARGEST = 2**31 - 1
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -57,6 +58,9 @@ class Keys:
     if wrong or (kind is int and isinstance(value, bool)):
       words = _WORDS.get(kind, kind.__name__)
       raise UserError(f"{self.where}: {name}={value!r:.60} must be {words}")
+    huge = kind is int and abs(value) > _LARGEST
+    if huge or (kind is float and not math.isfinite(value)):
+      raise UserError(f"{self.where}: {name}={value} is no size of a model")
     return value
 
   def has(self, name: str) -> bool:
@@ -154,6 +158,8 @@ def read_rope(
       "linear, llama3 and longrope"
     )
   values.close()
+  if theta <= 0:
+    raise UserError(f"{keys.where}: rope_theta={theta} must be above 0")
   return Rope(theta, RopeScaling(kind, **scaling), partial)
 
 

@@ -61,10 +61,13 @@ def read(keys: Keys, model_type: str) -> dict:
   rope = read_rope(keys, theta=theta, most=most, layers="full_attention")
   if three:
     theta_sliding = keys.get("rope_local_base_freq", 1e4)
-    new = keys.get("rope_parameters", {}, dict).get("sliding_attention", {})
-    theta_sliding = Keys(new, f"{keys.where}: sliding_attention").get(
-      "rope_theta", theta_sliding
-    )
+    where = f"{keys.where}: rope_parameters"
+    both = Keys(keys.get("rope_parameters", {}, dict), where)
+    new = both.get("sliding_attention", {}, dict)
+    sliding = Keys(new, f"{where}.sliding_attention")
+    theta_sliding = sliding.get("rope_theta", theta_sliding)
+    sliding.only("rope_type", "default")
+    sliding.close()
   window = keys.get("sliding_window", 4096)
   every = keys.get("sliding_window_pattern", 6 if three else 2)
   slides = tuple(l for l in range(num_layers) if (l + 1) % every)
