@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import hf_models
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -149,6 +150,23 @@ def test_a_quantised_base(source, tmp_path, monkeypatch, kind):
   whole = dataclasses.replace(TRAIN, trainable="all")
   with pytest.raises(UserError, match="quantize=int. is for a frozen base"):
     train(str(tmp_path / "other"), source[0], whole, quantize=kind)
+
+
+def test_bfloat16_base_and_float32_adapters(source, tmp_path, monkeypatch):
+  tiny.use_small_data(monkeypatch)
+  workdir = str(tmp_path / "run")
+  two = dataclasses.replace(TRAIN, steps=2, segment=32, remat=True)
+  narrow = dict(dtype="bfloat16", param_dtype="bfloat16")
+  assert train(workdir, source[0], two, **narrow)
+  model = checkpoints.load_run(workdir).model
+  added = weights.paths(model.config, *weights.ADAPTERS)
+  for path, x in weights.to_weights(model).items():
+    assert x.dtype == ("float32" if path in added else "bfloat16"), path
+  kept = checkpoints.pathlib.Path(f"{workdir}/checkpoints/2/optimizer")
+  with checkpoints.ocp.StandardCheckpointer() as reader:
+    found = reader.metadata(kept).item_metadata
+  moments = {x.dtype.name for x in jax.tree.leaves(found) if x.shape}
+  assert moments == {"float32"}
 
 
 def test_a_fresh_base_leaves_no_older_one_behind(source, tmp_path):
