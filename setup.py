@@ -39,6 +39,12 @@ setup(
     "numpy>=2.0",  # what jax 0.10.2 needs
   ],
   extras_require={
+    "quant": ["qwix>=0.1.8"],  # a frozen base in int8 or int4
+    "parity": [  # for the tests against implementations that are not ours
+      "transformers>=5.17,<6",  # config keys of version 5; reads version 4's
+      "torch==2.13.0",  # exact: the newest may bring gigabytes of CUDA wheels
+      "peft>=0.18",  # the first for transformers 5
+    ],
     "dev": [
       "pytest>=8",  # the first with strict markers as configured here
       "hypothesis>=6.100",  # property tests of trees and acceptance

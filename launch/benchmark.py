@@ -2,7 +2,10 @@
 
   launch/benchmark.py --workdir=runs/e2e --drafters=none,streams \\
     --tree_nodes=4,8,16 [--prompts=64 --batch=1 --repeats=1]
+  launch/benchmark.py --checkpoint=vicuna --workdir=runs/vicuna_speed \\
+    --questions=question.jsonl --chat --turns=2
 
+With --checkpoint, --workdir is where the results go, and no run.
 Plain decoding is always measured, twice: the row "none (A against A)" shows
 the noise. Prints a table, adds one object per row to <workdir>/results.jsonl,
 and writes <workdir>/trace.json: one prompt, call by call, with the largest
@@ -19,7 +22,9 @@ import common
 import drafting
 
 _DRAFTERS = flags.DEFINE_list(
-  "drafters", "none,streams", "Methods to measure: none, streams."
+  "drafters",
+  None,
+  "Methods to measure: none, streams; empty: both if the model has streams.",
 )
 _TREE_NODES = flags.DEFINE_list(
   "tree_nodes",
@@ -29,39 +34,61 @@ _TREE_NODES = flags.DEFINE_list(
 )
 _BATCH = flags.DEFINE_integer("batch", 1, "Prompts decoded at once.")
 _PROMPTS = flags.DEFINE_integer(
-  "prompts", 64, "How many prompts of the split, chosen at random; 0: all."
+  "prompts", 64, "How many prompts or questions, chosen at random; 0: all."
 )
 _SPLIT = flags.DEFINE_string(
   "split", "test", "Split of the prompts: test, validation or train."
 )
+_QUESTIONS = flags.DEFINE_string(
+  "questions",
+  "",
+  "Prompts from a file of questions, in the form of MT-bench and Spec-Bench "
+  "(.jsonl or .jsonl.gz), in place of the run's own task.",
+)
+_CHAT = flags.DEFINE_bool(
+  "chat", False, "Put questions into the chat template of the tokenizer."
+)
+_TURNS = flags.DEFINE_integer(
+  "turns",
+  1,
+  "Turns of a question to answer, 1 or 2. The second is asked after plain "
+  "decoding's own greedy answer to the first.",
+)
 _REPEATS = flags.DEFINE_integer("repeats", 1, "Times that all is measured.")
+_checkpoint = drafting.define_checkpoint()
 _sampling = drafting.define_sampling()
+flags.mark_flag_as_required("workdir")
 
 
 def main(argv):
-  from spec_stream import (
-    bench,
-    bench_rows,
-    checkpoints,
-    metrics,
-    task,
-    text_table,
-    trace,
-  )
+  from spec_stream import bench, bench_rows, metrics, task, text_table, trace
   from spec_stream.progress import Progress
 
-  drafters = _make_drafters()
+  names = _DRAFTERS.value or ["none", "streams"]
+  drafters = drafting.make_all(names, _TREE_NODES.value)
   settings = bench.Settings(
     batch=_BATCH.value,
     repeats=_REPEATS.value,
     max_new_tokens=drafting.MAX_NEW_TOKENS.value,
     **_sampling(),
   )
+  source = _checkpoint()
   workdir = pathlib.Path(drafting.WORKDIR.value)
-  run = checkpoints.load_run(workdir)
+  task.check_output(workdir, source["checkpoint"], _QUESTIONS.value)
+  run = drafting.load_run(source)
   settings = dataclasses.replace(settings, end_token=run.tokenizer.eos_ids)
+  if not _DRAFTERS.value and not run.model.config.streams.num_streams:
+    drafters = []
   methods = bench.plan(run.model.config, drafters)
-  chosen = task.prompts(run, _SPLIT.value, _PROMPTS.value)
+  about, chosen = task.choose(
+    run,
+    _SPLIT.value,
+    _PROMPTS.value,
+    _QUESTIONS.value,
+    _TURNS.value,
+    _CHAT.value,
+    settings.max_new_tokens,
+  )
   prompts = [p.token_ids for p in chosen]
   results = bench.measure(
     run.model,
@@ -71,16 +98,14 @@ def main(argv):
     on_warm_up=Progress("compile and warm up"),
     on_batch=Progress("measure"),
   )
-  about = {
-    **task.about(run),
-    "split": _SPLIT.value,
-    "command": " ".join(
-      [f"launch/{pathlib.Path(argv[0]).name}", *sys.argv[1:]]
-    ),
-  }
+  words = [f"launch/{pathlib.Path(argv[0]).name}", *sys.argv[1:]]
+  about["command"] = " ".join(words)
   rows = bench_rows.rows(run.model, prompts, results, settings, about)
+  workdir.mkdir(parents=True, exist_ok=True)
   metrics.append_jsonl(workdir / "results.jsonl", rows)
   print(text_table.render(rows))
+  if _QUESTIONS.value and drafters:
+    print(text_table.by_category(results, [p.category for p in chosen]))
   print(bench_rows.note(rows))
   shown = trace.of_largest(run, chosen, results, settings)
   if shown:  # something drafted
@@ -89,21 +114,6 @@ def main(argv):
   for line in wrong:
     print(f"BUG: {line}", file=sys.stderr)
   return 1 if wrong else 0
-
-
-def _make_drafters():
-  """One drafter for each method and number of nodes; plain ones once."""
-  drafting.check_names(_DRAFTERS.value)
-  try:
-    nodes = [int(n) for n in _TREE_NODES.value]
-  except ValueError:
-    words = ",".join(_TREE_NODES.value)
-    raise common.UserError(
-      f"--tree_nodes={words}: must be whole numbers such as 4,8,16"
-    ) from None
-  nodes = list(dict.fromkeys(nodes)) or [0]
-  names = dict.fromkeys(name for name in _DRAFTERS.value if name != "none")
-  return [drafting.make(name, n) for name in names for n in nodes]
 
 
 if __name__ == "__main__":

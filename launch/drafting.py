@@ -41,7 +41,52 @@ PRUNE_THRESHOLD = flags.DEFINE_float(
 MAX_NEW_TOKENS = flags.DEFINE_integer(
   "max_new_tokens", 128, "Most tokens to decode for a prompt."
 )
-flags.mark_flag_as_required("workdir")
+
+
+def define_checkpoint():
+  """Flags of launchers that also decode a Hugging Face directory; -> a function
+  that reads them: what `requests.load` is to be told beside the workdir.
+
+  It takes alone=True where --workdir is no place for results, and so only one
+  of the two can be meant.
+  """
+  checkpoint = flags.DEFINE_string(
+    "checkpoint", "", "A Hugging Face directory, in place of a run."
+  )
+  dtype = flags.DEFINE_string(
+    "dtype", "", "With --checkpoint: float32 or bfloat16; empty: its own."
+  )
+  max_positions = flags.DEFINE_integer(
+    "max_positions",
+    0,
+    "With --checkpoint: most tokens of a prompt and its answer; 0: its own.",
+  )
+
+  def read(alone: bool = False) -> dict:
+    if alone and bool(WORKDIR.value) == bool(checkpoint.value):
+      many = "not both" if checkpoint.value else "here is neither"
+      raise UserError(
+        f"--workdir is needed, or --checkpoint in its place: {many}"
+      )
+    if not checkpoint.value and (dtype.value or max_positions.value):
+      raise UserError("--dtype and --max_positions go with --checkpoint=DIR")
+    return {
+      "checkpoint": checkpoint.value,
+      "dtype": dtype.value,
+      "max_positions": max_positions.value,
+    }
+
+  return read
+
+
+def load_run(source: dict):
+  """The run of --workdir, or the checkpoint that `source` names as a run."""
+  from spec_stream import checkpoints
+
+  rest = {name: x for name, x in source.items() if name != "checkpoint"}
+  if source["checkpoint"]:
+    return checkpoints.load_checkpoint(source["checkpoint"], **rest)
+  return checkpoints.load_run(WORKDIR.value)
 
 
 def define_sampling():
@@ -91,6 +136,24 @@ def make(name: str, tree_nodes: int = 0):
     Prune(KEPT_NODES.value, PRUNE_THRESHOLD.value),
     NUM_STREAMS.value,
   )
+
+
+def make_all(names: list[str], tree_nodes: list[str]) -> list:
+  """A drafter for each of the names and numbers of nodes; plain ones left out.
+
+  tree_nodes: as --tree_nodes has them; none stands for the shape's own.
+  """
+  check_names(names)
+  try:
+    nodes = [int(n) for n in tree_nodes]
+  except ValueError:
+    raise UserError(
+      f"--tree_nodes={','.join(tree_nodes)}: must be whole numbers such as "
+      "4,8,16"
+    ) from None
+  nodes = list(dict.fromkeys(nodes)) or [0]
+  names = dict.fromkeys(name for name in names if name != "none")
+  return [make(name, n) for name in names for n in nodes]
 
 
 def _read_paths(file: str):

@@ -1,13 +1,17 @@
 """Scores a run's greedy output on its task: ROUGE, and of SQL exact match.
 
   launch/evaluate.py --workdir=runs/e2e [--prompts=200 --drafter=streams]
+  launch/evaluate.py --workdir=runs/streams --against=runs/base,runs/next_token
 
 Each prompt of the split is decoded once and scored against all its references;
 the best one counts. Prints the scores and two samples, and writes
-<workdir>/quality.json.
+<workdir>/quality.json. With --against it prints one table of all the runs, on
+the prompts of the first one's task, and writes <workdir>/comparison.json;
+speed-ups are those that launch/benchmark.py measured, or "-".
 """
 
 import pathlib
+import sys
 
 from absl import flags
 
@@ -28,11 +32,20 @@ _DRAFTER = flags.DEFINE_string(
 _TREE_NODES = flags.DEFINE_integer(
   "tree_nodes", 0, "Nodes of a draft, root included; 0: the shape's own."
 )
+_AGAINST = flags.DEFINE_list(
+  "against",
+  None,
+  "Runs to put beside this one, or Hugging Face directories; each decodes "
+  "plainly, and by its streams if it has any.",
+)
 _BATCH = flags.DEFINE_integer("batch", 32, "Prompts decoded at once.")
+flags.mark_flag_as_required("workdir")
 
 
 def main(argv):
   del argv
+  if _AGAINST.value:
+    return _compare()
   from spec_stream import checkpoints, evaluate, task
   from spec_stream.progress import Progress
 
@@ -41,25 +54,17 @@ def main(argv):
   chosen = task.prompts(run, _SPLIT.value, _PROMPTS.value)
   dataset = run.config["data"]["dataset"]
   evaluate.scorer(dataset)  # refuses before the decoding, not after it
-  generations = evaluate.decode_all(
-    run.model,
-    [p.token_ids for p in chosen],
+  outputs, found = evaluate.quality(
+    run,
+    dataset,
+    chosen,
     drafter,
     batch=_BATCH.value,
     max_new_tokens=drafting.MAX_NEW_TOKENS.value,
-    end_token=run.tokenizer.eos_ids,
     on_batch=Progress("prompts"),
   )
-  outputs = [run.tokenizer.decode(g.token_ids) for g in generations]
-  scores = evaluate.score(dataset, outputs, [p.references for p in chosen])
-  calls = sum(g.target_calls for g in generations)
-  cut = sum(g.token_ids[-1] not in run.tokenizer.eos_ids for g in generations)
   quality = {
-    **scores,
-    "prompts": len(chosen),
-    "cut": cut,
-    "tokens_per_call": sum(len(g.token_ids) for g in generations) / calls,
-    "references": "best of several, per score",
+    **found,
     **task.about(run),
     "split": _SPLIT.value,
     "drafter": drafter.name,
@@ -72,11 +77,38 @@ def main(argv):
     print(f"output     {output.strip()}")
     print(f"reference  {prompt.references[0].strip()}\n")
   print(
-    f"{evaluate.words(scores)}; {len(chosen)} {_SPLIT.value} prompts, {cut} of "
-    "them cut short by --max_new_tokens"
+    f"{evaluate.words(found)}; {len(chosen)} {_SPLIT.value} prompts, "
+    f"{found['cut']} of them cut short by --max_new_tokens"
   )
   path = pathlib.Path(drafting.WORKDIR.value) / "quality.json"
   task.write_json(path, quality)
+
+
+def _compare():
+  from spec_stream import compare, evaluate, task
+  from spec_stream.progress import Progress
+
+  drafter = drafting.make("streams", _TREE_NODES.value)
+  entries = compare.find([drafting.WORKDIR.value, *_AGAINST.value])
+  for line in compare.differences(entries):
+    print(f"warning: {line}", file=sys.stderr)
+  run = entries[0].without_weights
+  chosen = task.prompts(run, _SPLIT.value, _PROMPTS.value)
+  about = task.about(run) | {"split": _SPLIT.value, "prompts": len(chosen)}
+  evaluate.scorer(about["dataset"])
+  rows = compare.evaluate_all(
+    entries,
+    chosen,
+    drafter,
+    Progress,
+    batch=_BATCH.value,
+    max_new_tokens=drafting.MAX_NEW_TOKENS.value,
+  )
+  print(compare.render(rows))
+  about["max_new_tokens"] = drafting.MAX_NEW_TOKENS.value
+  about["warnings"] = compare.differences(entries)
+  path = pathlib.Path(drafting.WORKDIR.value) / "comparison.json"
+  task.write_json(path, about | {"runs": rows})
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""Decodes prompts with a trained run.
+"""Decodes prompts with a trained run, or with a Hugging Face checkpoint.
 
   launch/generate.py --workdir=runs/e2e --prompt='name[The Punter]'
   launch/generate.py --workdir=runs/e2e --prompts_file=prompts.jsonl --json
+  launch/generate.py --checkpoint=vicuna --chat --prompt='Why is the sky blue?'
 
 The text is printed as it comes; --show_steps shows what each call of the model
-gave. A file of prompts has one JSON object a line: "prompt" or "token_ids", and
-"seed" if it should differ from --seed.
+gave. A file of prompts has one JSON object a line: "prompt" or "token_ids", or
+the "turns" of a question, whose first one is the prompt; and "seed" if it
+should differ from --seed.
 """
 
 import json
@@ -29,7 +31,10 @@ _PROMPTS_FILE = flags.DEFINE_string(
   "prompts_file", None, "A file of prompts, one JSON object a line."
 )
 _DRAFTER = flags.DEFINE_string(
-  "drafter", "streams", "Who drafts: streams, or none for plain decoding."
+  "drafter",
+  "",
+  "Who drafts: streams, or none for plain decoding; empty: streams, if the "
+  "model has any.",
 )
 _TREE_NODES = flags.DEFINE_integer(
   "tree_nodes",
@@ -39,6 +44,9 @@ _TREE_NODES = flags.DEFINE_integer(
 )
 _BATCH = flags.DEFINE_integer(
   "batch", 32, "Prompts decoded at once, with --json."
+)
+_CHAT = flags.DEFINE_bool(
+  "chat", False, "Put prompts into the chat template of the tokenizer."
 )
 _JSON = flags.DEFINE_bool(
   "json",
@@ -52,6 +60,7 @@ _SHOW_STEPS = flags.DEFINE_bool(
 _STATS = flags.DEFINE_bool(
   "stats", True, "End with a line of counts; --nostats prints the text alone."
 )
+_checkpoint = drafting.define_checkpoint()
 _sampling = drafting.define_sampling()
 
 
@@ -59,14 +68,21 @@ def main(argv):
   del argv
   from spec_stream import requests
 
-  drafter = drafting.make(_DRAFTER.value, _TREE_NODES.value)
-  settings = _sampling()
+  drafter = drafting.make(_DRAFTER.value or "streams", _TREE_NODES.value)
+  settings, source = _sampling(), _checkpoint(alone=True)
   found = requests.read(
-    _PROMPT.value, _TOKEN_IDS.value, _PROMPTS_FILE.value, settings.pop("seed")
+    _PROMPT.value,
+    _TOKEN_IDS.value,
+    _PROMPTS_FILE.value,
+    settings.pop("seed"),
+    _CHAT.value,
   )
   if _JSON.value and _SHOW_STEPS.value:
     raise common.UserError("--show_steps colours text: leave it or --json out")
-  model, tokenizer = requests.load(drafting.WORKDIR.value, found)
+  model, tokenizer = requests.load(found, drafting.WORKDIR.value, **source)
+  asked = _DRAFTER.value or _TREE_NODES.value
+  if not asked and not model.config.streams.num_streams:
+    drafter = drafting.make("none")
   settings["max_new_tokens"] = drafting.MAX_NEW_TOKENS.value
   settings["end_token"] = -1 if tokenizer is None else tokenizer.eos_ids
   if _JSON.value:

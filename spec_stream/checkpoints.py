@@ -30,6 +30,9 @@ from spec_stream.models.config import ModelConfig
 from spec_stream.models.transformer import Transformer
 from spec_stream.weights import Weights
 
+# What `export` writes into tokenizer_config.json beside a tokenizer of this
+# project, whose prompts are put between <bos> and <sep>.
+OWN_TOKENIZER = {"prompt_format": "spec_stream.data.tokenizer"}
 _QUIET = ("orbax", "absl", "jax", "array_record", "grain")
 
 
@@ -125,6 +128,20 @@ def read_tokenizer(workdir, vocab_size: int):
       f"{vocab_size}: it is not the tokenizer of this run"
     )
   return tokenizer
+
+
+def read_hf_tokenizer(directory):
+  """The tokenizer of a Hugging Face directory: its own, or this project's if
+  the directory was exported with that. Raises: UserError."""
+  from spec_stream.data.tokenizer import Tokenizer
+  from spec_stream.hf import checkpoint as hf
+  from spec_stream.hf import tokenizer as hf_tokenizer
+
+  settings = pathlib.Path(directory) / "tokenizer_config.json"
+  if settings.is_file():
+    if OWN_TOKENIZER.items() <= hf.read_json(settings).items():
+      return Tokenizer.load(str(settings.with_name("tokenizer.json")))
+  return hf_tokenizer.load(directory)
 
 
 def git_commit() -> str | None:
@@ -311,14 +328,13 @@ def load_checkpoint(
   tokenizer: whether to read it; without it, it is None.
   """
   from spec_stream.hf import checkpoint as hf
-  from spec_stream.hf import tokenizer as hf_tokenizer
 
   model = hf.read_config(
     directory, dtype=dtype, param_dtype=dtype, max_positions=max_positions
   )
   words = None
   if tokenizer:
-    words = hf_tokenizer.load(directory)
+    words = read_hf_tokenizer(directory)
     check_vocabulary(words, model.vocab_size, directory)
   config = {"model": model_config.to_dict(model)}
   return Run(hf.load(directory, model, mesh), words, config, 0)

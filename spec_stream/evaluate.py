@@ -10,10 +10,12 @@ so sentences are split after ". " here. Of SQL also the share of exact matches
 from collections.abc import Callable, Sequence
 
 from spec_stream import sql
+from spec_stream.checkpoints import Run
 from spec_stream.decode import Decoder, Generation, collect
 from spec_stream.drafters.base import Drafter
 from spec_stream.errors import UserError
 from spec_stream.models.transformer import Transformer
+from spec_stream.task import Prompt
 
 SCORES = ("rouge1", "rougeLsum")
 
@@ -119,6 +121,32 @@ def score(
   if not outputs:
     raise UserError(f"no outputs of '{dataset}' to score")
   return scores(outputs, references)
+
+
+def quality(
+  run: Run,
+  dataset: str,
+  prompts: Sequence[Prompt],
+  drafter: Drafter,
+  **settings,
+) -> tuple[list[str], dict]:
+  """-> (texts, what a run's answers are worth, json-able): scores, tokens per
+  call, and how many answers were cut short.
+
+  settings: batch, max_new_tokens and on_batch of `decode_all`.
+  """
+  ends = run.tokenizer.eos_ids
+  ids = [p.token_ids for p in prompts]
+  made = decode_all(run.model, ids, drafter, end_token=ends, **settings)
+  outputs = [run.tokenizer.decode(g.token_ids) for g in made]
+  calls = sum(g.target_calls for g in made)
+  return outputs, {
+    **score(dataset, outputs, [p.references for p in prompts]),
+    "prompts": len(prompts),
+    "cut": sum(g.token_ids[-1] not in ends for g in made),
+    "tokens_per_call": sum(len(g.token_ids) for g in made) / calls,
+    "references": "best of several, per score",
+  }
 
 
 def words(scores: dict) -> str:

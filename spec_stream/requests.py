@@ -1,7 +1,7 @@
 """Prompts that a user gives, and their answers.
 
-A request is text or token ids. Text needs the tokenizer of the run; token ids
-do not, and then answers have no text.
+A request is text or token ids. Text needs the tokenizer of the run or the
+checkpoint; token ids do not, and then answers have no text.
 """
 
 import dataclasses
@@ -17,15 +17,22 @@ from spec_stream.errors import UserError
 from spec_stream.models.config import ModelConfig, from_dict
 from spec_stream.models.transformer import Transformer
 
+# Of a run or a checkpoint: any of them says that it has a tokenizer.
+_TOKENIZERS = ("tokenizer.json", "tokenizer", "tokenizer.model", "vocab.json")
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """Either text or token_ids; `name` says where it came from."""
+  """Either text or token_ids; `name` says where it came from.
+
+  chat: the text is what a user says, for the tokenizer's chat template.
+  """
 
   name: str
   text: str | None
   token_ids: tuple[int, ...] | None
   seed: int
+  chat: bool = False
 
   def words(self) -> str:
     """The prompt for a person."""
@@ -38,7 +45,7 @@ class Request:
     """
     ids = self.token_ids
     if ids is None:
-      ids = tokenizer.encode_prompt(self.text)
+      ids = encode_text(tokenizer, self.text, self.chat)
     for token in ids:
       if not 0 <= token < config.vocab_size:
         raise UserError(
@@ -54,6 +61,27 @@ class Request:
     return list(ids)
 
 
+def encode_text(tokenizer, text: str, chat: bool) -> list[int]:
+  """Token ids of a prompt, as it is or as a user's message in a chat.
+
+  Raises: UserError for a chat if the tokenizer has no template.
+  """
+  if not chat:
+    return tokenizer.encode_prompt(text)
+  return encode_chat(tokenizer, [("user", text)])
+
+
+def encode_chat(tokenizer, turns: Sequence[tuple[str, str]]) -> list[int]:
+  """Token ids of (role, text) turns through the tokenizer's chat template."""
+  if not getattr(tokenizer, "has_chat_template", False):
+    raise UserError(
+      "--chat: the tokenizer of this model has no chat template; leave it out"
+    )
+  return tokenizer.encode_chat(
+    [{"role": role, "content": text} for role, text in turns]
+  )
+
+
 # -- reading -----------------------------------------------------------------
 
 
@@ -62,8 +90,25 @@ def read(
   token_ids: str | None,
   prompts_file: str | None,
   seed: int,
+  chat: bool = False,
 ) -> list[Request]:
-  """Requests from exactly one of the three sources."""
+  """Requests from exactly one of the three sources.
+
+  chat: all of them are for the chat template; then none may be token ids.
+  """
+  found = _read(prompt, token_ids, prompts_file, seed)
+  if not chat:
+    return found
+  for request in found:
+    if request.token_ids is not None:
+      raise UserError(
+        f"{request.name}: --chat puts text into a template, not token ids: "
+        "leave one of them out"
+      )
+  return [dataclasses.replace(request, chat=True) for request in found]
+
+
+def _read(prompt, token_ids, prompts_file, seed) -> list[Request]:
   given = {
     "--prompt": prompt,
     "--token_ids": token_ids,
@@ -117,10 +162,19 @@ def _parse(line: str, where: str, seed: int) -> Request:
     raise UserError(f"{where}: not JSON ({e})") from e
   if not isinstance(record, dict):
     raise UserError(f"{where}: not a JSON object: {line:.40}")
+  kinds = ("prompt", "token_ids", "turns")
+  given = [name for name in kinds if record.get(name) is not None]
+  if len(given) != 1:
+    raise UserError(
+      f'{where}: needs either "prompt" or "token_ids" (or the "turns" of a '
+      "question)"
+    )
   text, ids = record.get("prompt"), record.get("token_ids")
-  if (text is None) == (ids is None):
-    raise UserError(f'{where}: needs either "prompt" or "token_ids"')
-  if text is not None and not (isinstance(text, str) and text.strip()):
+  if given == ["turns"]:
+    from spec_stream.data import chat_prompts
+
+    text = chat_prompts.question(record, where).turns[0].strip()
+  if ids is None and not (isinstance(text, str) and text.strip()):
     raise UserError(f'{where}: "prompt" must be text: {text!r:.40}')
   if ids is not None:
     if not (isinstance(ids, list) and ids and all(map(is_int, ids))):
@@ -132,11 +186,25 @@ def _parse(line: str, where: str, seed: int) -> Request:
   return Request(where, text, ids, seed)
 
 
-def load(workdir, requests: Sequence[Request]) -> tuple[Transformer, object]:
-  """-> (model, tokenizer); no tokenizer (None) if the run has none and no
-  request is text."""
-  ids_only = all(r.token_ids is not None for r in requests)
-  if ids_only and not (pathlib.Path(workdir) / "tokenizer.json").exists():
+def load(
+  requests: Sequence[Request],
+  workdir=None,
+  checkpoint: str = "",
+  **settings,
+) -> tuple[Transformer, object]:
+  """-> (model, tokenizer) of a run, or of a Hugging Face directory.
+
+  No tokenizer (None) if there is none and no request is text.
+
+  settings: of `checkpoints.load_checkpoint`.
+  """
+  directory = pathlib.Path(checkpoint or workdir)
+  needed = any(r.token_ids is None for r in requests)
+  needed |= any((directory / name).exists() for name in _TOKENIZERS)
+  if checkpoint:
+    run = checkpoints.load_checkpoint(checkpoint, tokenizer=needed, **settings)
+    return run.model, run.tokenizer
+  if not needed:
     config = from_dict(checkpoints.read_config(workdir)["model"])
     values, _ = checkpoints.load_weights(workdir, config)
     return weights.to_model(config, values), None

@@ -1,4 +1,5 @@
-"""The prompts of a run's own task, and what a result must say about itself."""
+"""Prompts of a run's own task or of a file of questions, and what a result must
+say about itself."""
 
 import dataclasses
 import datetime
@@ -11,16 +12,20 @@ import secrets
 import jax
 import numpy as np
 
-from spec_stream import checkpoints
+from spec_stream import checkpoints, requests
 from spec_stream.checkpoints import Run
 from spec_stream.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
+  """category, turns: of a question; turns holds what its user says."""
+
   text: str
   token_ids: list[int]
   references: list[str]
+  category: str = ""
+  turns: tuple[str, ...] = ()
 
 
 def prompts(run: Run, split: str, count: int = 0) -> list[Prompt]:
@@ -46,7 +51,10 @@ def prompts(run: Run, split: str, count: int = 0) -> list[Prompt]:
   for text, references in pipeline.prompts(config, split):
     ids = tuple(run.tokenizer.encode_prompt(text))
     found.setdefault(ids, Prompt(text, list(ids), references))
-  found = list(found.values())
+  return _choose(list(found.values()), count)
+
+
+def _choose(found: list[Prompt], count: int) -> list[Prompt]:
   if count < 0:
     raise UserError(f"prompts={count} must be 0 (all) or more")
   if 0 < count < len(found):
@@ -55,19 +63,142 @@ def prompts(run: Run, split: str, count: int = 0) -> list[Prompt]:
   return found
 
 
-def about(run: Run) -> dict:
+def choose(
+  run: Run,
+  split: str,
+  count: int,
+  file: str = "",
+  turns: int = 1,
+  chat: bool = False,
+  max_new_tokens: int = 128,
+) -> tuple[dict, list[Prompt]]:
+  """-> (what results say of the prompts, prompts): `prompts`, or `questions`.
+
+  file: of questions, in place of the run's task; "": none. turns: 1, or 2 for
+  `second_turns` as well.
+
+  Raises: UserError.
+  """
+  if turns not in (1, 2):
+    raise UserError(f"--turns={turns} must be 1 or 2")
+  if not file:
+    if chat or turns > 1:
+      raise UserError("--chat and --turns go with --questions=FILE")
+    found = prompts(run, split, count)
+    return about(run) | {"split": split}, found
+  name, found = questions(run, file, count, chat)
+  if turns == 2:
+    found += second_turns(run, found, max_new_tokens, chat)
+  return about(run, name) | {"turns": turns, "chat": chat}, found
+
+
+# -- questions ---------------------------------------------------------------
+
+
+def questions(
+  run: Run, path: str, count: int = 0, chat: bool = False
+) -> tuple[str, list[Prompt]]:
+  """-> (name, first turns) of a file of questions, as in `data.chat_prompts`.
+
+  count: as in `prompts`. chat: each is put into the tokenizer's chat template;
+  else it is plain text, or what `data.formats` makes of it if the run was
+  trained on conversations. The name is "mt_bench", or that of another file.
+
+  Raises: UserError for a bad file, or if there is no chat template.
+  """
+  from spec_stream.data import chat_prompts
+
+  if not os.path.isfile(path):
+    raise UserError(f"--questions={path}: no such file")
+  read = list(chat_prompts.read(path))
+  found = {}
+  for question in read:
+    turns = tuple(turn.strip() for turn in question.turns)
+    prompt = _ask(run, [("user", turns[0])], chat)
+    prompt = dataclasses.replace(
+      prompt, category=question.category, turns=turns
+    )
+    found.setdefault(tuple(prompt.token_ids), prompt)
+  return chat_prompts.name(path, read), _choose(list(found.values()), count)
+
+
+def second_turns(
+  run: Run, firsts: list[Prompt], max_new_tokens: int, chat: bool = False
+) -> list[Prompt]:
+  """The second turns of questions that have one, after what the model itself
+  answered to the first (plain and greedy, up to max_new_tokens)."""
+  from spec_stream import evaluate
+  from spec_stream.drafters.none import NoDraft
+
+  firsts = [first for first in firsts if len(first.turns) > 1]
+  if not firsts:
+    return []
+  answers = evaluate.decode_all(
+    run.model,
+    [first.token_ids for first in firsts],
+    NoDraft(),
+    batch=8,
+    max_new_tokens=max_new_tokens,
+    end_token=run.tokenizer.eos_ids,
+  )
+  found = {}
+  for first, answer in zip(firsts, answers, strict=True):
+    said = run.tokenizer.decode(answer.token_ids).strip()
+    user = [("user", turn) for turn in first.turns[:2]]
+    prompt = _ask(run, [user[0], ("assistant", said), user[1]], chat)
+    prompt = dataclasses.replace(prompt, category=first.category)
+    found.setdefault(tuple(prompt.token_ids), prompt)
+  return list(found.values())
+
+
+def _ask(run: Run, turns: list[tuple[str, str]], chat: bool) -> Prompt:
+  """The prompt for the answer to (role, text) turns."""
+  from spec_stream.data import formats
+
+  trained_on = run.config.get("data", {}).get("dataset")
+  text = turns[-1][1]
+  if chat:
+    return Prompt(text, requests.encode_chat(run.tokenizer, turns), [""])
+  if len(turns) > 1 or trained_on == "conversations":
+    text = formats.conversation(turns)
+  return Prompt(text, run.tokenizer.encode_prompt(text), [""])
+
+
+# -- results -----------------------------------------------------------------
+
+
+def about(run: Run, dataset: str = "") -> dict:
   """What each result says: data, checkpoint, device, versions, date, and an id
-  that the rows of one invocation share."""
+  that the rows of one invocation share.
+
+  dataset: where the prompts are from, if not the run's own.
+  """
   now = datetime.datetime.now(datetime.UTC)
   return {
     "run_id": f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
-    "dataset": run.config["data"]["dataset"],
+    "dataset": dataset or run.config["data"]["dataset"],
     "step": run.step,
     "device": device_words(),
     "jax": jax.__version__,
     "commit": checkpoints.git_commit(),
     "date": f"{now:%Y-%m-%d %H:%M} UTC",
   }
+
+
+def check_output(workdir: pathlib.Path, checkpoint: str, file: str):
+  """Raises: UserError if results cannot go to `workdir`, or if there would be
+  none: a checkpoint has no prompts but those of a `file` of questions."""
+  if checkpoint and not file:
+    raise UserError(
+      "a checkpoint has no task of its own: give --questions=FILE"
+    )
+  if checkpoint and (workdir / "config.json").exists():
+    raise UserError(
+      f"--workdir={workdir} is a run of its own: with --checkpoint it is where "
+      "the results go, so give another directory"
+    )
+  if workdir.exists() and not workdir.is_dir():
+    raise UserError(f"--workdir={workdir} is a file: give a directory")
 
 
 def device_words() -> str:

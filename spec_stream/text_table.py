@@ -1,6 +1,8 @@
-"""Rows of results.jsonl as an aligned table for a terminal."""
+"""Aligned tables for a terminal, such as that of rows of results.jsonl."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+
+from spec_stream.bench import Measured
 
 
 def _number(name: str, form: str):
@@ -33,16 +35,43 @@ _LEFT = ("method", "tree")
 
 def render(rows: Sequence[dict]) -> str:
   """The table as text; a column that no row fills is left out."""
-  columns = {
-    name: cells
-    for name, cell in COLUMNS.items()
-    if any(cells := [cell(row) for row in rows])
-  }
-  widths = {n: max(map(len, [n, *cells])) for n, cells in columns.items()}
+  cells = {name: [cell(row) for row in rows] for name, cell in COLUMNS.items()}
+  return table({n: texts for n, texts in cells.items() if any(texts)}, _LEFT)
+
+
+def table(
+  columns: Mapping[str, Sequence[str]], left: Collection[str] = ()
+) -> str:
+  """Columns of texts, by name, as lines of equal width.
+
+  left: the columns that are flush left; numbers are flush right.
+  """
+  widths = {n: max(map(len, [n, *texts])) for n, texts in columns.items()}
   side = lambda n, text: (
-    text.ljust(widths[n]) if n in _LEFT else text.rjust(widths[n])
+    text.ljust(widths[n]) if n in left else text.rjust(widths[n])
   )
-  lines = ["  ".join(side(n, n) for n in columns)]
-  for i in range(len(rows)):
-    lines.append("  ".join(side(n, cells[i]) for n, cells in columns.items()))
+  rows = [columns.keys(), *zip(*columns.values(), strict=True)]
+  lines = ["  ".join(map(side, columns, row)) for row in rows]
   return "\n".join(line.rstrip() for line in lines)
+
+
+def by_category(results: Sequence[Measured], categories: Sequence[str]) -> str:
+  """Tokens per call of each drafter, one row for each category of prompts.
+
+  categories: of each prompt that was measured, in their order.
+  """
+  kinds = list(dict.fromkeys(categories))
+  columns = {
+    "category": kinds,
+    "prompts": [str(categories.count(kind)) for kind in kinds],
+  }
+  for result in results:
+    if result.drafter.num_nodes == 1:
+      continue  # always one
+    tokens, calls = dict.fromkeys(kinds, 0), dict.fromkeys(kinds, 0)
+    for kind, made in zip(categories, result.generations, strict=True):
+      tokens[kind] += len(made.token_ids)
+      calls[kind] += made.target_calls
+    name = f"{result.method.name}, {result.drafter.num_nodes} nodes"
+    columns[name] = [f"{tokens[k] / calls[k]:.2f}" for k in kinds]
+  return table(columns, ("category",))

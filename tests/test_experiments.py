@@ -71,9 +71,7 @@ def test_own_outputs_replace_the_references(
   def decode_all(model, prompts, drafter, **settings):
     """Says the prompt again; that of B does not come to its end."""
     assert drafter.name == "none" and settings["end_token"] == eos
-    ends = [
-      [] if p == encode("name[B], food[Thai]") else eos for p in prompts
-    ]
+    ends = [[] if p == encode("name[B], food[Thai]") else eos for p in prompts]
     return [Generation([*p, *end], [], 1, []) for p, end in zip(prompts, ends)]
 
   monkeypatch.setattr(own_outputs.evaluate, "decode_all", decode_all)

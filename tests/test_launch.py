@@ -18,22 +18,26 @@ from tiny import DATA, SMALL, pairs
 
 from spec_stream import checkpoints, results, trace_view, weights
 from spec_stream.data.tokenizer import Tokenizer
-from spec_stream.models.config import to_dict
+from spec_stream.models.config import StreamConfig, to_dict
 
 TESTS = pathlib.Path(__file__).parent
 LAUNCH = TESTS.parent / "launch"
 # Makes each call as the shell would, but for the start of the process.
 DRIVER = """
 import contextlib, importlib, io, json, sys
-name, calls = sys.argv[1], json.load(sys.stdin)
+name, small_data, calls = sys.argv[1], int(sys.argv[2]), json.load(sys.stdin)
 import common, tiny
 from absl import flags
 launcher = importlib.import_module(name)
-tiny.use_small_data()
+if small_data:
+  tiny.use_small_data()
 done = []
 for args, before in calls:
   flags.FLAGS.unparse_flags()
-  for flag in flags.FLAGS:
+  for flag in list(flags.FLAGS):
+    if flag.startswith("config."):  # a key that the last call changed
+      delattr(flags.FLAGS, flag)
+      continue
     flags.FLAGS[flag].unparse()
   sys.argv = [f"launch/{name}.py", *args]
   out, err, code = io.StringIO(), io.StringIO(), 0
@@ -59,13 +63,16 @@ class Done:
     return [json.loads(line) for line in self.out.splitlines()]
 
 
-def call_all(name, calls, folder):
-  """{what: (arguments, python run before them)} -> {what: Done}."""
+def call_all(name, calls, folder, small_data=True):
+  """{what: (arguments, python run before them)} -> {what: Done}.
+
+  small_data: whether every data set is the one of tests/tiny.py.
+  """
   env = dict(os.environ, JAX_PLATFORMS="cpu")
   env["PYTHONPATH"] = os.pathsep.join(map(str, (LAUNCH, TESTS, TESTS.parent)))
   env["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # compiles faster
   done = subprocess.run(
-    [sys.executable, "-c", DRIVER, name],
+    [sys.executable, "-c", DRIVER, name, str(int(small_data))],
     input=json.dumps([*calls.values()]),
     cwd=folder,
     env=env,
@@ -76,6 +83,15 @@ def call_all(name, calls, folder):
   assert done.returncode == 0, done.stderr
   made = [Done(*d) for d in json.loads(done.stdout.splitlines()[-1])]
   return dict(zip(calls, made, strict=True))
+
+
+def write_run(directory, model, tokenizer, step=3, **settings):
+  """A run as launch/train.py leaves it, but with fresh weights."""
+  checkpoints.write_config(directory, {"model": to_dict(model), **settings})
+  tokenizer.save(str(directory / "tokenizer.json"))
+  with ocp.StandardCheckpointer() as writer:
+    values = weights.init(model, seed=1)
+    writer.save(directory / "checkpoints" / str(step) / "weights", values)
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +105,16 @@ def folder(tmp_path_factory):
     SMALL, vocab_size=tokenizer.vocab_size, max_positions=64
   )
   data = DATA | {"dataset": "restaurants"}
-  checkpoints.write_config(run, {"model": to_dict(model), "data": data})
-  tokenizer.save(str(run / "tokenizer.json"))
-  with ocp.StandardCheckpointer() as writer:
-    values = weights.init(model, seed=1)
-    writer.save(run / "checkpoints" / "3" / "weights", values)
+  write_run(run, model, tokenizer, data=data)
+  plain = dataclasses.replace(model, streams=StreamConfig(0, 1))
+  train = {"objective": "next_token"}
+  write_run(folder / "next_token", plain, tokenizer, data=data, train=train)
   for name in ("no_tokenizer", "other_tokenizer", "torn"):
     shutil.copytree(run, folder / name)
   (folder / "no_tokenizer" / "tokenizer.json").unlink()
+  shutil.copytree(folder / "next_token", folder / "another_tokenizer")
+  words = Tokenizer.train(["xy zw"] * 9 + texts[:9], tokenizer.vocab_size)
+  words.save(f"{folder}/another_tokenizer/tokenizer.json")
   Tokenizer.train(texts, 270).save(f"{folder}/other_tokenizer/tokenizer.json")
   files = [p for p in (folder / "torn" / "checkpoints").rglob("*/d/*")]
   largest = max(files, key=lambda p: p.stat().st_size)
@@ -275,6 +293,13 @@ FIELDS = (
 
 @pytest.fixture(scope="module")
 def benchmarked(folder):
+  shutil.copytree(folder / "run", folder / "asked")
+  asked = ("red", "sport"), ("big old", "art"), ("new", "sport")
+  lines = [
+    json.dumps({"question_id": i, "category": category, "turns": [text]})
+    for i, (text, category) in enumerate(asked)
+  ]
+  (folder / "q.jsonl").write_text("\n".join(lines))
   return call_all(
     "benchmark",
     {
@@ -283,7 +308,13 @@ def benchmarked(folder):
       "repeats=0 must be": ([RUN, "--repeats=0"], ""),
       "unknown split 'tests'": ([RUN, "--split=tests"], ""),
       "good": (MEASURE, ""),
-      "wrong": ([*MEASURE, "--prompts=2", "--tree_nodes=3"], WRONG),
+      "asked": (
+        ["--workdir=asked", "--max_new_tokens=9", "--tree_nodes=3"]
+        + ["--questions=q.jsonl", "--prompts=0"],
+        "",
+      ),
+      "--chat and --turns go with": ([*MEASURE, "--turns=2"], ""),
+      "wrong": ([*MEASURE, "--prompts=2", "--tree_nodes=3"], WRONG),  # the last
     },
     folder,
   )
@@ -315,6 +346,22 @@ def test_benchmark_prints_a_table_and_adds_its_rows(folder, benchmarked):
   assert max(len(step["nodes"]) for step in trace["steps"]) == 3
 
 
+def test_benchmark_of_questions_ends_with_their_categories(folder, benchmarked):
+  asked = benchmarked["asked"]
+  assert asked.code == 0, asked
+  *table, header, sport, art, note = asked.out.splitlines()
+  assert len(table) == 5 and "3 prompts of q, " in note
+  assert header.split() == "category prompts streams, 3 nodes".split()
+  (sport, two, x), (art, one, y) = sport.split(), art.split()
+  assert (sport, two, art, one) == ("sport", "2", "art", "1")
+  row = json.loads(
+    (folder / "asked/results.jsonl").read_text().splitlines()[-1]
+  )
+  assert row["dataset"] == "q" and row["prompts"] == 3
+  low, high = sorted((float(x), float(y)))
+  assert low - 0.01 <= row["tokens_per_call"] <= high + 0.01
+
+
 def test_benchmark_fails_where_tokens_differ(benchmarked):
   wrong = benchmarked["wrong"]
   assert wrong.code == 1 and " 0.0%" in wrong.out
@@ -324,7 +371,7 @@ def test_benchmark_fails_where_tokens_differ(benchmarked):
 
 def test_benchmark_says_a_mistake_in_one_line(benchmarked):
   for says, done in benchmarked.items():
-    if says not in ("good", "wrong"):
+    if says not in ("good", "wrong", "asked"):
       one_line(done, says)
 
 
@@ -332,7 +379,7 @@ def test_benchmark_says_a_mistake_in_one_line(benchmarked):
 
 
 @pytest.fixture(scope="module")
-def evaluated(folder):
+def evaluated(folder, benchmarked):
   shutil.copytree(folder / "run", folder / "scored")
   workdir = "--workdir=scored"
   return call_all(
@@ -342,6 +389,17 @@ def evaluated(folder):
       "unknown split 'tests'": ([workdir, "--split=tests"], ""),
       "batch=0": ([workdir, "--batch=0"], ""),
       "good": ([workdir, "--prompts=3", "--max_new_tokens=6"], ""),
+      "nowhere: no such directory": ([workdir, "--against=nowhere"], ""),
+      "is given twice": ([workdir, "--against=next_token,./scored"], ""),
+      "have different tokenizers": (
+        [workdir, "--against=another_tokenizer"],
+        "",
+      ),
+      "compared": (
+        [workdir, "--prompts=3", "--max_new_tokens=6", "--tree_nodes=3"]
+        + ["--against=next_token"],
+        "",
+      ),
     },
     folder,
   )
@@ -359,8 +417,29 @@ def test_evaluate_scores_and_shows_samples(folder, evaluated):
   assert f"ROUGE-1 {quality['rouge1']:.2f}" in last and "best of" in last
 
 
+def test_evaluate_puts_runs_side_by_side(folder, evaluated, benchmarked):
+  done = evaluated["compared"]
+  assert done.code == 0 and "warning" not in done.err, done
+  header, streams, plain = done.out.splitlines()
+  assert header.startswith("run") and "ROUGE-Lsum" in header
+  assert streams.startswith("scored") and plain.startswith("next_token")
+  found = json.loads((folder / "scored" / "comparison.json").read_text())
+  assert found["prompts"] == 3 and found["warnings"] == []
+  first, second = found["runs"]
+  quality = json.loads((folder / "scored" / "quality.json").read_text())
+  assert first["rougeLsum"] == quality["rougeLsum"]
+  assert first["identical"] == 1 and first["extra_params"] > 0
+  rows = (folder / "scored" / "results.jsonl").read_text().splitlines()
+  rows = [json.loads(row) for row in rows]
+  newest = [r for r in rows if r["tree_nodes"] == 3][-1]
+  assert first["speedup"] == newest["speedup"]
+  assert f"{newest['speedup']:.2f}" in streams
+  assert second["speedup"] is None and second["tokens_per_call"] == 1
+  assert second["extra_params"] == 0 and plain.split().count("-") == 2
+
+
 def test_evaluate_says_a_mistake_in_one_line(evaluated):
-  for says in set(evaluated) - {"good"}:
+  for says in set(evaluated) - {"good", "compared"}:
     one_line(evaluated[says], says)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import pytest
 from hypothesis import given
@@ -64,6 +65,36 @@ def test_a_malformed_line_is_named(tmp_path, line, says):
   path.write_text(f'{{"prompt": "fine"}}\n{line}\n')
   with pytest.raises(UserError, match=says):
     requests.read(None, None, str(path), 0)
+
+
+def test_a_question_is_its_first_turn(tmp_path):
+  path = tmp_path / "q.jsonl"
+  question = {"question_id": 1, "category": "c", "turns": [" Why? ", "How?"]}
+  path.write_text(json.dumps(question) + "\n")
+  (request,) = requests.read(None, None, str(path), 3)
+  assert (request.text, request.seed, request.chat) == ("Why?", 3, False)
+  for change, says in (
+    ({"turns": ["x", 3]}, "line 1: a turn of"),
+    ({"turns": [" "]}, "line 1: a turn of .* is empty"),
+    ({"category": None}, 'line 1: "category" must be text'),
+    ({"prompt": "x"}, "line 1: needs either"),
+  ):
+    path.write_text(json.dumps(question | change))
+    with pytest.raises(UserError, match=says):
+      requests.read(None, None, str(path), 0)
+
+
+def test_a_chat_wants_text_and_a_template():
+  (request,) = requests.read("red", None, None, 0, chat=True)
+  tokenizer = types.SimpleNamespace(
+    has_chat_template=True,
+    encode_chat=lambda messages: [len(messages), len(messages[0]["content"])],
+  )
+  assert request.encode(tokenizer, SMALL, 1) == [1, 3]
+  with pytest.raises(UserError, match="has no chat template"):
+    request.encode(TOKENIZER, SMALL, 1)
+  with pytest.raises(UserError, match="not token ids"):
+    requests.read(None, "5 6", None, 0, chat=True)
 
 
 def test_a_file_that_is_none(tmp_path):

@@ -1,5 +1,6 @@
 """Each data set from its files to pairs, and the scores that it has."""
 
+import dataclasses
 import gzip
 import json
 import os
@@ -7,8 +8,9 @@ import pathlib
 import types
 
 import pytest
+from tiny import SMALL, make_model
 
-from spec_stream import evaluate, task
+from spec_stream import checkpoints, evaluate, task
 from spec_stream.data import (
   builder,
   chat_prompts,
@@ -20,6 +22,8 @@ from spec_stream.data import (
 from spec_stream.data.dialogsum import FILES
 from spec_stream.data.pipeline import DataConfig
 from spec_stream.data.tokenizer import Tokenizer
+from spec_stream.decode import generate
+from spec_stream.drafters.none import NoDraft
 from spec_stream.errors import UserError
 
 real = pytest.mark.skipif(
@@ -376,6 +380,57 @@ def test_bad_questions(tmp_path, change, message):
   )
   with pytest.raises(UserError, match=f"line 2: .*{message}"):
     list(chat_prompts.read(str(path)))
+
+
+@pytest.fixture
+def asked(tmp_path):
+  """A run whose tokenizer has a template, and a file of questions."""
+  model = dataclasses.replace(SMALL, vocab_size=280, max_positions=256)
+  tokenizer = Tokenizer.train(["Compose. Add. Again."], 280)
+  run = checkpoints.Run(make_model(model), tokenizer, {"data": {}}, 1)
+  repeated = QUESTIONS[1] | {"question_id": 83}
+  path = write(tmp_path / "mine.jsonl.gz", [*QUESTIONS, repeated])
+  return run, str(path)
+
+
+def test_questions_are_prompts_of_first_turns(asked):
+  run, path = asked
+  name, found = task.questions(run, path)
+  assert name == "mine" and [p.category for p in found] == ["writing", "math"]
+  assert [p.text for p in found] == ["Compose.", "Add."]
+  assert found[1].token_ids == run.tokenizer.encode_prompt("Add.")
+  assert len(task.questions(run, path, 1)[1]) == 1
+  run = dataclasses.replace(run, config={"data": {"dataset": "conversations"}})
+  _, found = task.questions(run, path)
+  assert found[1].text == "USER: Add.\nASSISTANT:"
+  with pytest.raises(UserError, match="no chat template"):
+    task.questions(run, path, chat=True)
+  with pytest.raises(UserError, match="--questions=no: no such file"):
+    task.questions(run, "no")
+
+
+def test_a_second_turn_follows_the_models_own_answer(asked):
+  run, path = asked
+  _, firsts = task.questions(run, path)
+  (second,) = task.second_turns(run, firsts, 5)
+  (made,) = generate(
+    run.model,
+    [firsts[0].token_ids],
+    NoDraft(),
+    max_new_tokens=5,
+    end_token=run.tokenizer.eos_id,
+  )
+  said = run.tokenizer.decode(made.token_ids).strip()
+  assert said and second.category == "writing"
+  assert second.text == (
+    f"USER: Compose.\nASSISTANT: {said}\nUSER: Again.\nASSISTANT:"
+  )
+
+
+def test_eighty_questions_of_these_ids_are_mt_bench():
+  made = lambda ids: [chat_prompts.Question(str(i), "c", ("x",)) for i in ids]
+  assert chat_prompts.name("a/q.jsonl.gz", made(range(81, 161))) == "mt_bench"
+  assert chat_prompts.name("a/q.jsonl.gz", made(range(81, 160))) == "q"
 
 
 # -- scores ------------------------------------------------------------------

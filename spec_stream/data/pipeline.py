@@ -82,7 +82,7 @@ def prompts(config: DataConfig, split: str) -> list[tuple[str, list[str]]]:
 def encode(tokenizer: Tokenizer, prompt: str, completion: str) -> dict:
   """One example as arrays; stream_at counts from the example's start."""
   head = tokenizer.encode_prompt(prompt)
-  tail = [*tokenizer.encode(completion), tokenizer.eos_id]
+  tail = [*tokenizer.encode_completion(completion), tokenizer.eos_id]
   size = len(head) + len(tail)
   return {
     "tokens": np.array(head + tail, np.int32),

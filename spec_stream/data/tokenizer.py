@@ -79,6 +79,10 @@ class Tokenizer:
   def encode_prompt(self, text: str) -> list[int]:
     return [self.bos_id, *self.encode(text), self.sep_id]
 
+  def encode_completion(self, text: str) -> list[int]:
+    """Ids of what follows a prompt."""
+    return self.encode(text)
+
   def decode(self, ids: Sequence[int]) -> str:
     """Text of `ids`, specials left out; half a character decodes to U+FFFD."""
     return self._core.decode(list(map(int, ids)), skip_special_tokens=True)

@@ -101,7 +101,12 @@ def read_config(
       f"{path}: model_type '{model_type}' is not implemented; use one of "
       f"{', '.join(BY_TYPE)}"
     )
-  fields = BY_TYPE[model_type].read(keys, model_type)
+  try:
+    fields = BY_TYPE[model_type].read(keys, model_type)
+  except UserError:
+    raise
+  except (ArithmeticError, ValueError, TypeError) as e:  # 0 heads, a "4.0"
+    raise UserError(f"{path} describes no model: {e}") from e
   keys.close()
   own = values.get("dtype") or values.get("torch_dtype") or "float32"
   own = "float32" if own == "float16" else own  # the wider: nothing is lost

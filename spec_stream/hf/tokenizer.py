@@ -149,6 +149,10 @@ class HFTokenizer:
       data = data.removeprefix(b" ")
     return data.decode("utf-8", "replace")
 
+  def encode_completion(self, text: str) -> list[int]:
+    """Ids of what follows a prompt: no space is put before it."""
+    return self.encode(text, start=False)
+
   @property
   def has_chat_template(self) -> bool:
     return self._template is not None

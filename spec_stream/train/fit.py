@@ -313,12 +313,10 @@ def prepare_tokenizer(workdir: str, data: DataConfig, train: TrainConfig):
       "launch/benchmark.py: there is nothing to train on"
     )
   if train.init_from and hf.is_checkpoint(train.init_from):
-    from spec_stream.hf import tokenizer
-
-    last = checkpoints.steps(workdir)
-    return tokenizer.load(
-      checkpoints.tokenizer_directory(workdir) if last else train.init_from
-    )
+    if checkpoints.steps(workdir):
+      size = checkpoints.read_config(workdir)["model"]["vocab_size"]
+      return checkpoints.read_tokenizer(workdir, size)
+    return checkpoints.read_hf_tokenizer(train.init_from)
   given = Tokenizer.load(data.tokenizer) if data.tokenizer else None
   for run in (workdir if checkpoints.steps(workdir) else "", train.init_from):
     if not run:

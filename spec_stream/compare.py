@@ -1,0 +1,264 @@
+"""Runs side by side on the prompts of one task: quality, calls, speed, weights.
+
+What a comparison is for is that quality of the same model, trained for as many
+steps on the same data, with streams and without. `differences` says where that
+does not hold; a run that others started from is their base, and may differ.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from spec_stream import checkpoints, evaluate, metrics, results, text_table
+from spec_stream.checkpoints import Run
+from spec_stream.drafters.none import NoDraft
+from spec_stream.drafters.streams import StreamDraft
+from spec_stream.errors import UserError
+from spec_stream.hf import checkpoint as hf
+from spec_stream.models.transformer import num_params
+from spec_stream.task import Prompt
+from spec_stream.weights import ADAPTERS
+
+# What decides which examples a step sees, and how many.
+_SEEN = "dataset manual_dir seq_len batch_size packing too_long seed".split()
+_SCORES = {
+  "exact_match": "exact match",
+  "rouge1": "ROUGE-1",
+  "rougeLsum": "ROUGE-Lsum",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """A run or a Hugging Face directory, before its weights are read."""
+
+  directory: str
+  config: dict  # of config.json; {} for a checkpoint
+  tokenizer: Any
+
+  @property
+  def is_checkpoint(self) -> bool:
+    return not self.config
+
+  @property
+  def without_weights(self) -> Run:
+    """As `load` gives it, but for the model."""
+    steps = checkpoints.steps(self.directory)
+    step = steps[-1] if steps else 0
+    return Run(None, self.tokenizer, self.config, step)
+
+  def load(self, dtype: str) -> Run:
+    """dtype: of a checkpoint's weights; a run has its own."""
+    if self.is_checkpoint:
+      return checkpoints.load_checkpoint(self.directory, dtype=dtype)
+    return checkpoints.load_run(self.directory)
+
+
+def find(directories: Sequence[str]) -> list[Entry]:
+  """The entries, of which the first is the run whose task is decoded.
+
+  Raises: UserError for what is no run, or if the tokenizers are not all the
+  same: then neither tokens per call nor the prompts could be compared.
+  """
+  entries = []
+  for directory in directories:
+    if hf.is_checkpoint(directory):
+      config, words = {}, checkpoints.read_hf_tokenizer(directory)
+    else:
+      config = checkpoints.read_config(directory)
+      size = config["model"].get("vocab_size")
+      words = checkpoints.read_tokenizer(directory, size)
+    entries.append(Entry(str(directory), config, words))
+  first = entries[0]
+  if first.is_checkpoint:
+    raise UserError(f"--workdir={first.directory} must be a run, with a task")
+  names = [os.path.realpath(entry.directory) for entry in entries]
+  for i, entry in enumerate(entries):
+    if names[i] in names[:i]:
+      raise UserError(f"{entry.directory} is given twice: compare it once")
+    if entry.tokenizer.hash() != first.tokenizer.hash():
+      raise UserError(
+        f"{entry.directory} and {first.directory} have different tokenizers: "
+        "only runs of one tokenizer can be compared"
+      )
+  return entries
+
+
+def differences(entries: Sequence[Entry]) -> list[str]:
+  """Where the trained runs differ in steps or data, one line each.
+
+  Left out: checkpoints, and runs that another one started from.
+  """
+  real = os.path.realpath
+  bases = {real(_train(e).get("init_from") or "/") for e in entries}
+  trained = [
+    entry
+    for entry in entries
+    if not entry.is_checkpoint and real(entry.directory) not in bases
+  ]
+  said = []
+  for name, value in [
+    ("steps", lambda e: e.without_weights.step),
+    *[(f"data.{n}", lambda e, n=n: _seen(e, n)) for n in _SEEN],
+  ]:
+    values = [value(entry) for entry in trained]
+    if len(set(values)) > 1:
+      words = ", ".join(
+        f"{entry.directory} {x}" for entry, x in zip(trained, values)
+      )
+      said.append(f"the runs differ in {name}: {words}")
+  return said
+
+
+def _train(entry: Entry) -> dict:
+  return entry.config.get("train", {})
+
+
+def _seen(entry: Entry, name: str):
+  value = entry.config.get("data", {}).get(name)
+  return os.path.realpath(value) if name == "manual_dir" and value else value
+
+
+def row(
+  entry: Entry,
+  run: Run,
+  prompts: Sequence[Prompt],
+  dataset: str,
+  drafter: StreamDraft,
+  **settings,
+) -> dict:
+  """What a run does on the prompts: json-able, the scores of the task in it.
+
+  Quality is that of plain decoding. With streams, they decode as well: then
+  tokens_per_call is theirs, and `identical` the share of prompts with the same
+  tokens (ties of the two most probable tokens may differ).
+
+  Args:
+    entry, run: of one directory, `run` being `entry.load`.
+    prompts: they are encoded anew by this run's tokenizer.
+    dataset: whose scores are taken.
+    drafter: not yet resolved; used if the run has streams.
+    settings: batch and max_new_tokens of `evaluate.decode_all`, and on_batch.
+  """
+  ids = [run.tokenizer.encode_prompt(p.text) for p in prompts]
+  streams = run.model.config.streams
+  settings["end_token"] = run.tokenizer.eos_ids
+  plain = evaluate.decode_all(run.model, ids, NoDraft(), **settings)
+  drafted, measured, resolved = plain, {}, None
+  if streams.num_streams:
+    resolved = drafter.resolve(run.model.config)
+    drafted = evaluate.decode_all(run.model, ids, drafter, **settings)
+    measured = speed(entry, run.step, dataset, resolved)
+  same = [a.token_ids == b.token_ids for a, b in zip(plain, drafted)]
+  texts = [run.tokenizer.decode(g.token_ids) for g in plain]
+  calls = sum(g.target_calls for g in drafted)
+  return {
+    "name": entry.directory,
+    "trained": trained(entry, run),
+    "objective": _train(entry).get("objective"),
+    "mode": streams.mode if streams.num_streams else None,
+    "num_streams": streams.num_streams,
+    "steps": run.step,
+    **evaluate.score(dataset, texts, [p.references for p in prompts]),
+    "tokens_per_call": sum(len(g.token_ids) for g in drafted) / calls,
+    "drafter": resolved.name if resolved else "none",
+    "tree": resolved.tree.kind if resolved else None,
+    "tree_nodes": resolved.num_nodes if resolved else 1,
+    "identical": sum(same) / len(same) if resolved else None,
+    "speedup": measured.get("speedup"),
+    "speedup_low": measured.get("speedup_low"),
+    "speedup_high": measured.get("speedup_high"),
+    "speedup_batch": measured.get("batch"),
+    "speedup_device": measured.get("device"),
+    "speedup_run_id": measured.get("run_id"),
+    "extra_params": num_params(run.model, *ADAPTERS),
+    "dtype": run.model.config.dtype,
+  }
+
+
+def trained(entry: Entry, run: Run) -> str:
+  """How a run was trained, in a few words."""
+  if entry.is_checkpoint:
+    return "checkpoint"
+  streams, train = run.model.config.streams, _train(entry)
+  words = ["next token"]
+  if streams.num_streams:
+    words = [f"{streams.mode}, J={streams.num_streams}"]
+  if train.get("trainable") == "adapters":
+    rank = streams.lora_rank
+    words.append(f"adapters of rank {rank}" if rank else "base frozen")
+  return ", ".join(words)
+
+
+def speed(entry: Entry, step: int, dataset: str, drafter: StreamDraft) -> dict:
+  """The newest row of the run's results.jsonl that measured this: the same
+  checkpoint, task and tree, greedy. {} if none did."""
+  path = pathlib.Path(entry.directory) / "results.jsonl"
+  if not path.exists():
+    return {}
+  rows = metrics.read_jsonl(path)
+  results.check(rows, path)
+  asked = {
+    "method": drafter.name,
+    "step": step,
+    "dataset": dataset,
+    "tree": drafter.tree.kind,
+    "tree_nodes": drafter.num_nodes,
+    "tree_width": drafter.tree.width,
+    "num_streams": drafter.num_streams,
+    "kept_nodes": drafter.prune.kept_nodes,
+    "prune_threshold": drafter.prune.threshold,
+    "temperature": 0.0,
+  }
+  for found in rows[::-1]:
+    if all(found.get(name) == value for name, value in asked.items()):
+      return found
+  return {}
+
+
+def evaluate_all(
+  entries: Sequence[Entry],
+  prompts: Sequence[Prompt],
+  drafter: StreamDraft,
+  on_batch: Callable[[str], Callable[[int, int], None]],
+  **settings,
+) -> list[dict]:
+  """`row` of each entry, one model in memory at a time.
+
+  on_batch: name of a run -> its progress, called with (done, total).
+  """
+  first = entries[0].config
+  rows = []
+  for entry in entries:
+    run = entry.load(first["model"].get("dtype", ""))
+    progress = on_batch(entry.directory)
+    dataset = first["data"]["dataset"]
+    rows.append(
+      row(entry, run, prompts, dataset, drafter, on_batch=progress, **settings)
+    )
+    del run
+  return rows
+
+
+def render(rows: Sequence[dict]) -> str:
+  """The rows as a table; "-" is what was not measured or does not apply."""
+  cell = lambda value, form: "-" if value is None else form.format(value)
+  column = lambda name, form: [cell(r.get(name), form) for r in rows]
+  columns = {
+    "run": column("name", "{}"),
+    "trained": column("trained", "{}"),
+    "steps": column("steps", "{:,}"),
+  }
+  for name, title in _SCORES.items():
+    if name in rows[0]:
+      columns[title] = column(name, "{:.2f}")
+  columns |= {
+    "nodes": column("tree_nodes", "{}"),
+    "tokens/call": column("tokens_per_call", "{:.2f}"),
+    "speed-up": column("speedup", "{:.2f}"),
+    "identical": column("identical", "{:.1%}"),
+    "extra weights": column("extra_params", "{:,}"),
+  }
+  return text_table.table(columns, ("run", "trained"))

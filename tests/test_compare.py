@@ -1,0 +1,144 @@
+"""Runs side by side: which may be, what is warned of, where speed-ups are from.
+
+Two small runs are written to disk; launch/evaluate.py is in test_launch.
+"""
+
+import dataclasses
+import json
+
+import pytest
+from test_launch import write_run
+from tiny import DATA, MODEL, pairs
+
+from spec_stream import checkpoints, compare, task, weights
+from spec_stream.data.tokenizer import Tokenizer
+from spec_stream.drafters.streams import StreamDraft
+from spec_stream.errors import UserError
+from spec_stream.models.config import StreamConfig
+from spec_stream.tree import TreeSpec
+
+TEXTS = [text for pair in pairs() for text in pair]
+TOKENIZER = Tokenizer.train(TEXTS, 280)
+PLAIN = StreamConfig(num_streams=0, num_stream_layers=1)
+LORA = StreamConfig(num_streams=2, num_stream_layers=1, lora_rank=2)
+TREE = StreamDraft(TreeSpec(num_nodes=4))
+
+
+def write(directory, streams, step=3, tokenizer=TOKENIZER, train=(), **data):
+  model = dataclasses.replace(
+    MODEL,
+    vocab_size=tokenizer.vocab_size,
+    max_positions=64,
+    streams=streams,
+  )
+  data = DATA | {"dataset": "restaurants"} | data
+  write_run(directory, model, tokenizer, step, data=data, train=dict(train))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("compared")
+  write(folder / "base", PLAIN, step=9, train={"objective": "next_token"})
+  start = {"init_from": str(folder / "base"), "trainable": "adapters"}
+  write(folder / "streams", LORA, train=start)
+  next_token = dataclasses.replace(LORA, num_streams=0)
+  write(folder / "next", next_token, train=start | {"objective": "next_token"})
+  write(folder / "longer", PLAIN, step=4, seed=5)
+  return folder
+
+
+def test_steps_and_data_that_differ_are_said(folder):
+  find = lambda *names: compare.find([folder / name for name in names])
+  # The base was trained otherwise, as a base is.
+  assert compare.differences(find("streams", "next", "base")) == []
+  steps, seed = compare.differences(find("streams", "next", "longer"))
+  assert "differ in steps:" in steps and "longer 4" in steps
+  assert "differ in data.seed:" in seed and "longer 5" in seed
+  # Without one that started from it, a base is a run like others.
+  said = compare.differences(find("longer", "base"))
+  assert len(said) == 2 and "base 9" in said[0]
+
+
+def test_what_cannot_be_compared(folder, tmp_path):
+  other = Tokenizer.train(TEXTS[::-1] + ["zz zz"] * 99, 280)
+  assert other.vocab_size == TOKENIZER.vocab_size
+  write(tmp_path / "other", PLAIN, tokenizer=other)
+  for names, says in (
+    ((folder / "next", tmp_path / "other"), "have different tokenizers"),
+    ((folder / "next", folder / "base" / ".." / "next"), "given twice"),
+    ((folder / "next", tmp_path), "holds no config.json"),
+  ):
+    with pytest.raises(UserError, match=says) as error:
+      compare.find(names)
+    assert "\n" not in str(error.value)
+
+
+def test_a_row_for_each_run(folder):
+  entries = compare.find([folder / n for n in ("streams", "next", "base")])
+  texts = ["red big", "old new small"]
+  prompts = [task.Prompt(text, [], [f"It is {text}."]) for text in texts]
+  seen = []
+  rows = compare.evaluate_all(
+    entries,
+    prompts,
+    TREE,
+    lambda name: lambda done, total: seen.append((name, done, total)),
+    batch=2,
+    max_new_tokens=5,
+  )
+  names = [entry.directory for entry in entries]
+  assert list(dict.fromkeys(seen)) == [(name, 2, 2) for name in names]
+  assert seen.count((names[0], 2, 2)) == 2  # plainly, and by its streams
+  streams, after, base = rows
+  assert [r["steps"] for r in rows] == [3, 3, 9]
+  assert [r["objective"] for r in rows] == [None, "next_token", "next_token"]
+  assert (streams["mode"], streams["tree_nodes"]) == ("shared", 4)
+  assert streams["identical"] == 1 and after["identical"] is None
+  assert streams["tokens_per_call"] >= 1 == after["tokens_per_call"]
+  assert all(0 <= r["rouge1"] <= 100 for r in rows)
+  # Adapters count in both, streams and pruner where there are any.
+  assert base["extra_params"] == 0 < after["extra_params"]
+  run = checkpoints.load_run(folder / "streams")
+  added = weights.paths(run.model.config, *weights.ADAPTERS)
+  shapes = weights.shapes(run.model.config)
+  size = sum(shapes[path].size for path in added)
+  assert streams["extra_params"] == size > after["extra_params"]
+  table = compare.render(rows).splitlines()
+  assert len(table) == 4 and f"{size:,}" in table[1]
+  assert "adapters of rank 2" in table[1] and "next token" in table[2]
+  json.dumps(rows)
+
+
+ROW = {
+  "method": "streams",
+  "step": 3,
+  "dataset": "restaurants",
+  "tree": "best_first",
+  "tree_nodes": 4,
+  "tree_width": 0,
+  "num_streams": 2,
+  "kept_nodes": 0,
+  "prune_threshold": 0.0,
+  "temperature": 0.0,
+}
+
+
+def test_a_speed_up_is_one_that_was_measured(folder, tmp_path):
+  (entry,) = compare.find([folder / "streams"])
+  entry = dataclasses.replace(entry, directory=str(tmp_path))
+  model = checkpoints.load_run(folder / "streams").model.config
+  drafter = TREE.resolve(model)
+  row = ROW | {"tree_width": drafter.tree.width}
+  speed = lambda: compare.speed(entry, 3, "restaurants", drafter)
+  assert speed() == {}
+  lines = [row | {"speedup": 1.5}, row | {"speedup": 1.7}]
+  others = {
+    "step": 2, "dataset": "e2e_nlg", "tree": "chain", "tree_nodes": 8,
+    "temperature": 0.5, "method": "none", "kept_nodes": 2, "num_streams": 1,
+  }  # fmt: skip
+  lines += [row | {name: x, "speedup": 9.0} for name, x in others.items()]
+  path = tmp_path / "results.jsonl"
+  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  assert speed()["speedup"] == 1.7  # the newest of this very measurement
+  path.write_text("".join(json.dumps(line) + "\n" for line in lines[2:]))
+  assert speed() == {}
