@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The paper's three tasks, real data: one pretraining, then for each task three
-# trainings, benchmarks and a comparison.
+# trainings, their benchmarks, and a comparison.
 #
 #   experiments/paper_tasks/run.sh DATA [WORKDIR] [TASK ...]
 #
@@ -16,7 +16,7 @@ tasks=("${@:3}")
 python=${PYTHON:-python}
 declare -A folder=([text_corpus]=english_novels [e2e_nlg]=e2e_nlg
   [dialogsum]=dialogsum [sql_create_context]=sql_create_context_rederived)
-declare -A steps=([e2e_nlg]=300 [dialogsum]=400 [sql_create_context]=600)
+declare -A steps=([e2e_nlg]=700 [dialogsum]=600 [sql_create_context]=1000)
 
 train() {  # TASK RUN FLAGS...
   "$python" launch/train.py --config="configs/paper_tasks.py:$1" \
@@ -24,9 +24,9 @@ train() {  # TASK RUN FLAGS...
     --config.data.data_dir="$work/data" --workdir="$work/$2" "${@:3}"
 }
 lossless=(--config.train.trainable=adapters --config.model.streams.mode=lossless
-  --config.model.streams.num_stream_layers=4
+  --config.model.streams.num_stream_layers=3
   --config.model.streams.lora_rank=32 --config.train.steps=300
-  --config.train.stream_weight=1.0 --config.train.learning_rate=2e-3)
+  --config.train.stream_weight=1.0)
 
 mkdir -p "$work"
 [ -f "$work/tokenizer.json" ] ||
@@ -47,13 +47,10 @@ for task in "${tasks[@]}"; do
     train "$task" "$task/lossless_$target" "${lossless[@]}" \
       --config.train.init_from="$work/$task/next" --config.train.target=$target
   done
-done
-for task in "${tasks[@]}"; do
   for way in shared lossless_main lossless_labels; do
     "$python" launch/benchmark.py --workdir="$work/$task/$way" \
-      --prompts=64 --tree_nodes=4,8,16
+      --prompts=64 --tree_nodes=4,16
   done
-  for way in next shared lossless_main; do
-    "$python" launch/evaluate.py --workdir="$work/$task/$way" --prompts=300
-  done
+  "$python" launch/evaluate.py --workdir="$work/$task/shared" --prompts=300 \
+    --against="$work/base,$work/$task/next,$work/$task/lossless_main"
 done

@@ -76,7 +76,8 @@ def segment_rows(
   positions = jnp.concatenate([positions, every.reshape(batch, -1)], 1)
   # Row T of the scatter takes what belongs nowhere, and is cut off.
   where = jnp.where(at < 0, num_main, at)
-  sets = jnp.broadcast_to(jnp.arange(at.shape[1]), at.shape)
+  sets = jnp.arange(at.shape[1], dtype=jnp.int32)
+  sets = jnp.broadcast_to(sets, at.shape)
   set_of = jnp.full((batch, num_main + 1), -1, jnp.int32)
   set_of = jax.vmap(lambda x, i, u: x.at[i].set(u))(set_of, where, sets)
   rotary, turn = None, None
