@@ -30,6 +30,7 @@ setup(
     "importlib_resources>=6",  # tensorflow-datasets imports it, undeclared
     "ml-collections>=1.1",  # config_flags with typed overrides
     "absl-py>=2.1",  # flags and app.run of the launchers
+    "safetensors>=0.5",  # reads the weights of a checkpoint tensor by tensor
     "tokenizers>=0.23",  # trains and loads a tokenizer.json without torch
     "sentencepiece>=0.2",  # reads the tokenizer.model of a checkpoint
     "jinja2>=3.1.6",  # chat templates; older sandboxes have known ways out

@@ -20,7 +20,8 @@ def get_config(mode: str = "shared"):
   if mode not in MODES:
     raise UserError(f"no mode '{mode}': use one of {', '.join(MODES)}")
   config = _base.base()
-  # Compute in bfloat16; the base keeps its own dtype, adapters are float32.
+  # Compute in bfloat16; the base keeps its own dtype (that of the file, be it
+  # float16), adapters are float32.
   config.model.update(checkpoint="HF_DIR", dtype="bfloat16")
   config.model.streams.update(num_streams=3, num_stream_layers=4)
   config.model.streams.update(lora_rank=32, lora_alpha=32.0)

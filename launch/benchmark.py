@@ -72,6 +72,10 @@ def main(argv):
     max_new_tokens=drafting.MAX_NEW_TOKENS.value,
     **_sampling(),
   )
+  if _QUESTIONS.value and flags.FLAGS["split"].present:
+    raise common.UserError(
+      "--split is of a run's task: leave it or --questions"
+    )
   source = _checkpoint()
   workdir = pathlib.Path(drafting.WORKDIR.value)
   task.check_output(workdir, source["checkpoint"], _QUESTIONS.value)

@@ -46,7 +46,7 @@ def main(argv):
   del argv
   if _AGAINST.value:
     return _compare()
-  from spec_stream import checkpoints, evaluate, task
+  from spec_stream import bench_rows, checkpoints, evaluate, task
   from spec_stream.progress import Progress
 
   drafter = drafting.make(_DRAFTER.value, _TREE_NODES.value)
@@ -68,7 +68,7 @@ def main(argv):
     **task.about(run),
     "split": _SPLIT.value,
     "drafter": drafter.name,
-    "tree": drafting.TREE.value if drafter.name == "streams" else None,
+    **bench_rows.tree_fields(drafter.resolve(run.model.config)),
     "temperature": 0.0,
     "max_new_tokens": drafting.MAX_NEW_TOKENS.value,
   }
@@ -88,6 +88,10 @@ def _compare():
   from spec_stream import compare, evaluate, task
   from spec_stream.progress import Progress
 
+  if flags.FLAGS["drafter"].present:
+    raise common.UserError(
+      "--drafter goes without --against, where each run decodes both ways"
+    )
   drafter = drafting.make("streams", _TREE_NODES.value)
   entries = compare.find([drafting.WORKDIR.value, *_AGAINST.value])
   for line in compare.differences(entries):
@@ -99,6 +103,7 @@ def _compare():
   rows = compare.evaluate_all(
     entries,
     chosen,
+    _SPLIT.value,
     drafter,
     Progress,
     batch=_BATCH.value,

@@ -22,7 +22,9 @@ _WHAT = flags.DEFINE_string(
 )
 _STEP = flags.DEFINE_integer("step", 0, "Checkpoint to export; 0: the last.")
 _DTYPE = flags.DEFINE_string(
-  "dtype", "", "With merged: float32 or bfloat16; empty: the run's own."
+  "dtype",
+  "",
+  "With merged: float32, bfloat16 or float16; empty: the run's own.",
 )
 _SHARD_GB = flags.DEFINE_float(
   "shard_gb", 5.0, "With merged: most gigabytes (10^9 bytes) of a weight file."

@@ -157,6 +157,7 @@ def measure(
   model = merge_lora(model)  # once, not in each decoder
   # A decoder for each row: the A-against-A row is independent of its twin.
   decoders = [Decoder(model, method.drafter) for method in methods]
+  decoders[0].check(prompts, settings.max_new_tokens)
   zeros = lambda: np.zeros(len(batches))
   own = dict(batch=settings.batch, repeats=settings.repeats)
   results = [

@@ -64,7 +64,7 @@ def rows(
         "mode": model.config.streams.mode,
         "num_streams": result.drafter.num_streams,
         "num_stream_layers": model.config.streams.num_stream_layers,
-        **_tree(result.drafter),
+        **tree_fields(result.drafter),
         "accept": "exact",
         "temperature": settings.temperature,
         "top_k": settings.top_k,
@@ -168,7 +168,7 @@ def extra_params(model: Transformer, drafter: Drafter) -> int:
   return sum(num_params(model, kind) for kind in kinds)
 
 
-def _tree(drafter: Drafter) -> dict:
+def tree_fields(drafter: Drafter) -> dict:
   is_streams = isinstance(drafter, StreamDraft)
   return {
     "tree": drafter.tree.kind if is_streams else None,

@@ -86,8 +86,12 @@ def write_tokenizer(workdir, tokenizer):
   """Keeps a tokenizer with a run, of this project's own or of a checkpoint."""
   from spec_stream.data.tokenizer import Tokenizer
 
+  path = pathlib.Path(workdir) / "tokenizer.json"
+  # Nor may that of an abandoned run stay.
+  shutil.rmtree(tokenizer_directory(workdir), ignore_errors=True)
+  path.unlink(missing_ok=True)
   if isinstance(tokenizer, Tokenizer):
-    tokenizer.save(str(pathlib.Path(workdir) / "tokenizer.json"))
+    tokenizer.save(str(path))
   else:
     tokenizer.save(tokenizer_directory(workdir))
 

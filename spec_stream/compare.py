@@ -2,27 +2,31 @@
 
 What a comparison is for is that quality of the same model, trained for as many
 steps on the same data, with streams and without. `differences` says where that
-does not hold; a run that others started from is their base, and may differ.
+does not hold, for each two runs of which neither began with the other. Runs of
+lossless mode are left out: their text is that of their base.
 """
 
 import dataclasses
+import itertools
 import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from spec_stream import checkpoints, evaluate, metrics, results, text_table
+from spec_stream.bench_rows import extra_params
 from spec_stream.checkpoints import Run
 from spec_stream.drafters.none import NoDraft
 from spec_stream.drafters.streams import StreamDraft
 from spec_stream.errors import UserError
 from spec_stream.hf import checkpoint as hf
-from spec_stream.models.transformer import num_params
-from spec_stream.task import Prompt
-from spec_stream.weights import ADAPTERS
+from spec_stream.task import Prompt, device_words
 
 # What decides which examples a step sees, and how many.
-_SEEN = "dataset manual_dir seq_len batch_size packing too_long seed".split()
+_SEEN = (
+  "dataset manual_dir seq_len stream_positions batch_size packing too_long seed"
+).split()
+_FREE = ("streams", "dtype", "param_dtype", "quantize")  # of the model
 _SCORES = {
   "exact_match": "exact match",
   "rouge1": "ROUGE-1",
@@ -87,29 +91,53 @@ def find(directories: Sequence[str]) -> list[Entry]:
 
 
 def differences(entries: Sequence[Entry]) -> list[str]:
-  """Where the trained runs differ in steps or data, one line each.
+  """Where trained runs differ in steps, data or model, one line each.
 
-  Left out: checkpoints, and runs that another one started from.
+  Left out: checkpoints, lossless mode, and two runs of which one began with the
+  other.
   """
-  real = os.path.realpath
-  bases = {real(_train(e).get("init_from") or "/") for e in entries}
   trained = [
     entry
     for entry in entries
-    if not entry.is_checkpoint and real(entry.directory) not in bases
+    if not entry.is_checkpoint and not _keeps_its_base(entry)
   ]
+  began = {id(entry): _began_with(entry, entries) for entry in trained}
+  pairs = [
+    (a, b)
+    for a, b in itertools.combinations(trained, 2)
+    if id(a) not in began[id(b)] and id(b) not in began[id(a)]
+  ]
+  model = lambda e, name: e.config["model"].get(name)
+  names = sorted({n for e in trained for n in e.config["model"]} - {*_FREE})
   said = []
   for name, value in [
     ("steps", lambda e: e.without_weights.step),
     *[(f"data.{n}", lambda e, n=n: _seen(e, n)) for n in _SEEN],
+    *[(f"model.{n}", lambda e, n=n: model(e, n)) for n in names],
   ]:
-    values = [value(entry) for entry in trained]
-    if len(set(values)) > 1:
-      words = ", ".join(
-        f"{entry.directory} {x}" for entry, x in zip(trained, values)
-      )
+    unlike = [pair for pair in pairs if value(pair[0]) != value(pair[1])]
+    if unlike:
+      found = [e for e in trained if any(e in pair for pair in unlike)]
+      words = ", ".join(f"{e.directory} {value(e)}" for e in found)
       said.append(f"the runs differ in {name}: {words}")
   return said
+
+
+def _keeps_its_base(entry: Entry) -> bool:
+  streams = entry.config["model"].get("streams", {})
+  return streams.get("mode") == "lossless" and bool(streams.get("num_streams"))
+
+
+def _began_with(entry: Entry, entries: Sequence[Entry]) -> set[int]:
+  """ids of the entries that a run began with, directly or through others."""
+  by_name = {os.path.realpath(e.directory): e for e in entries}
+  found = set()
+  while start := _train(entry).get("init_from"):
+    entry = by_name.get(os.path.realpath(start))
+    if entry is None or id(entry) in found:
+      break
+    found.add(id(entry))
+  return found
 
 
 def _train(entry: Entry) -> dict:
@@ -126,6 +154,7 @@ def row(
   run: Run,
   prompts: Sequence[Prompt],
   dataset: str,
+  split: str,
   drafter: StreamDraft,
   **settings,
 ) -> dict:
@@ -138,7 +167,7 @@ def row(
   Args:
     entry, run: of one directory, `run` being `entry.load`.
     prompts: they are encoded anew by this run's tokenizer.
-    dataset: whose scores are taken.
+    dataset: whose scores are taken; split: of the prompts.
     drafter: not yet resolved; used if the run has streams.
     settings: batch and max_new_tokens of `evaluate.decode_all`, and on_batch.
   """
@@ -150,7 +179,9 @@ def row(
   if streams.num_streams:
     resolved = drafter.resolve(run.model.config)
     drafted = evaluate.decode_all(run.model, ids, drafter, **settings)
-    measured = speed(entry, run.step, dataset, resolved)
+    about = {"step": run.step, "dataset": dataset, "split": split}
+    about |= {"dtype": run.model.config.dtype, "device": device_words()}
+    measured = speed(entry, about, resolved)
   same = [a.token_ids == b.token_ids for a, b in zip(plain, drafted)]
   texts = [run.tokenizer.decode(g.token_ids) for g in plain]
   calls = sum(g.target_calls for g in drafted)
@@ -173,7 +204,7 @@ def row(
     "speedup_batch": measured.get("batch"),
     "speedup_device": measured.get("device"),
     "speedup_run_id": measured.get("run_id"),
-    "extra_params": num_params(run.model, *ADAPTERS),
+    "extra_params": extra_params(run.model, resolved or NoDraft()),
     "dtype": run.model.config.dtype,
   }
 
@@ -192,18 +223,21 @@ def trained(entry: Entry, run: Run) -> str:
   return ", ".join(words)
 
 
-def speed(entry: Entry, step: int, dataset: str, drafter: StreamDraft) -> dict:
-  """The newest row of the run's results.jsonl that measured this: the same
-  checkpoint, task and tree, greedy. {} if none did."""
+def speed(entry: Entry, about: dict, drafter: StreamDraft) -> dict:
+  """The newest row of the run's results.jsonl that measured this: greedy, one
+  prompt at a time, this tree. {} if none did, or a tree of listed paths, which
+  rows do not tell apart.
+
+  about: further fields that must be the same: step, dataset, device and so on.
+  """
   path = pathlib.Path(entry.directory) / "results.jsonl"
-  if not path.exists():
+  if not path.exists() or drafter.tree.kind == "paths":
     return {}
   rows = metrics.read_jsonl(path)
   results.check(rows, path)
-  asked = {
+  asked = about | {
     "method": drafter.name,
-    "step": step,
-    "dataset": dataset,
+    "batch": 1,
     "tree": drafter.tree.kind,
     "tree_nodes": drafter.num_nodes,
     "tree_width": drafter.tree.width,
@@ -221,6 +255,7 @@ def speed(entry: Entry, step: int, dataset: str, drafter: StreamDraft) -> dict:
 def evaluate_all(
   entries: Sequence[Entry],
   prompts: Sequence[Prompt],
+  split: str,
   drafter: StreamDraft,
   on_batch: Callable[[str], Callable[[int, int], None]],
   **settings,
@@ -235,9 +270,8 @@ def evaluate_all(
     run = entry.load(first["model"].get("dtype", ""))
     progress = on_batch(entry.directory)
     dataset = first["data"]["dataset"]
-    rows.append(
-      row(entry, run, prompts, dataset, drafter, on_batch=progress, **settings)
-    )
+    settings["on_batch"] = progress
+    rows.append(row(entry, run, prompts, dataset, split, drafter, **settings))
     del run
   return rows
 

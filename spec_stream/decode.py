@@ -122,8 +122,23 @@ class Decoder:
     """
     if not prompts:
       raise UserError("no prompt given: a batch needs at least one")
-    vocab, most = self.config.vocab_size, self.config.max_positions
+    self.check(prompts, limits)
+    most = self.config.max_positions
     longest = max(len(p) for p in prompts)
+    bucket = min(_round_up(longest), most)
+    num_new = min(_round_up(int(limits.max())), most)
+    slots = bucket + num_new + self.drafter.longest
+    return -(-slots // 16) * 16, bucket, num_new
+
+  def check(self, prompts: Sequence[Sequence[int]], limits):
+    """Raises: UserError, naming the prompt by its place, if one is empty, too
+    long for the cache, or outside the vocabulary.
+
+    limits: most new tokens, of all prompts or of each.
+    """
+    vocab, most = self.config.vocab_size, self.config.max_positions
+    prompts = [np.asarray(p, np.int64) for p in prompts]
+    limits = np.broadcast_to(np.asarray(limits, np.int64), (len(prompts),))
     for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
       if not len(prompt):
         raise UserError(f"prompt {i} is empty: it needs at least one token")
@@ -140,10 +155,6 @@ class Decoder:
           f"the cache of {most} (model.max_positions): shorten the prompt or "
           "lower max_new_tokens"
         )
-    bucket = min(_round_up(longest), most)
-    num_new = min(_round_up(int(limits.max())), most)
-    slots = bucket + num_new + self.drafter.longest
-    return -(-slots // 16) * 16, bucket, num_new
 
 
 def _round_up(length: int) -> int:

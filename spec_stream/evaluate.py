@@ -39,6 +39,7 @@ def decode_all(
   if batch < 1:
     raise UserError(f"batch={batch} must be 1 or more")
   decoder = Decoder(model, drafter)
+  decoder.check(prompts, max_new_tokens)  # the longest is decoded last
   by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
   batch = min(batch, len(prompts))
   found = {}

@@ -38,7 +38,11 @@ from spec_stream.models.config import ModelConfig
 from spec_stream.models.lora import Linear
 from spec_stream.models.transformer import Transformer
 
-DTYPES = {"float32": "F32", "bfloat16": "BF16"}  # names in a safetensors file
+DTYPES = {
+  "float32": "F32",
+  "bfloat16": "BF16",
+  "float16": "F16",
+}  # names in a safetensors file
 GB = 10**9
 
 
@@ -58,7 +62,7 @@ def merge(
       tokenizer of this run with adapters of shared mode folded in, all to the
       bit.
     workdir: the run's own, for numbers measured there; None: none are known.
-    dtype: float32 or bfloat16, of the base weights; "": their own.
+    dtype: float32, bfloat16 or float16, of the base weights; "": their own.
     shard_bytes: most bytes of a file, where it holds more than one weight.
 
   Returns: lines that the user should read.
@@ -107,11 +111,17 @@ def streams(run: Run, out, *, workdir=None) -> list[str]:
       f"({what or 'without streams'}) has other weights than its base: export "
       "it with --what=merged"
     )
+  if config.quantize:
+    raise UserError(
+      f"these streams belong to a base in {config.quantize} (model.quantize), "
+      "not to the one that a Hugging Face directory holds"
+    )
   base = card.base_name(run.config) or "its base"
   use = (
     f"Put `streams.json` and `streams.safetensors` beside the files of {base} "
-    "(its Hugging Face directory):\n\n    python launch/generate.py "
-    "--checkpoint=THAT_DIRECTORY --prompt=...\n\n`transformers` ignores them."
+    "(its Hugging Face directory, or what --what=merged made of that run):\n\n"
+    "    python launch/generate.py --checkpoint=THAT_DIRECTORY --prompt=...\n\n"
+    "`transformers` ignores them."
   )
   text = card.card(run, _name(out), workdir, use)
   with whole(out) as part:
@@ -148,15 +158,25 @@ def adapters(run: Run, out, *, workdir=None) -> list[str]:
       "use --what=merged, or train with "
       "model.streams.main_attends_streams=False"
     )
+  train = run.config.get("train", {})
+  if train.get("trainable") != "adapters":
+    raise UserError(
+      "this run trained its base as well (train.trainable=all), which adapters "
+      "do not hold: use --what=merged"
+    )
+  if not checkpoint.is_checkpoint(train.get("init_from", "")):
+    raise UserError(
+      "adapters belong to a Hugging Face directory, but this run began with "
+      f"{train.get('init_from') or 'nothing'}: use --what=merged"
+    )
   model_type, _ = checkpoint.describe(config, model_type_of(run.config))
   table = checkpoint.BY_TYPE[model_type].TABLE
   shapes, values = _peft_tensors(run.model, config, table)
-  base = run.config.get("train", {}).get("init_from") or None
   modules = [name.removesuffix(".weight") for name in _adapted(config, table)]
   settings = {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
-    "base_model_name_or_path": base,
+    "base_model_name_or_path": card.base_name(run.config),
     "r": added.lora_rank,
     "lora_alpha": added.lora_alpha,
     "lora_dropout": 0.0,
@@ -189,15 +209,13 @@ def _exported(config: ModelConfig, dtype: str) -> ModelConfig:
   """The model that the directory will hold."""
   dtype = dtype or config.param_dtype
   if dtype not in DTYPES:
-    raise UserError(f"--dtype={dtype}: use {' or '.join(DTYPES)}")
+    raise UserError(f"--dtype={dtype}: use one of {', '.join(DTYPES)}")
   streams = config.streams
   if streams.mode == "shared":
     streams = dataclasses.replace(streams, lora_rank=0)
   if not streams.num_streams:
     streams = checkpoint.NO_STREAMS
-  return dataclasses.replace(
-    config, dtype=dtype, param_dtype=dtype, streams=streams
-  )
+  return dataclasses.replace(config, param_dtype=dtype, streams=streams)
 
 
 def model_type_of(config: dict) -> str:

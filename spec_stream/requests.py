@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 
 from spec_stream import checkpoints, weights
+from spec_stream.data import rows
 from spec_stream.decode import Decoder, collect, stream
 from spec_stream.detokenize import Detokenizer
 from spec_stream.drafters.base import Drafter
@@ -125,6 +126,7 @@ def _read(prompt, token_ids, prompts_file, seed) -> list[Request]:
   if prompt is not None:
     if not prompt.strip():
       raise UserError("--prompt is empty")
+    rows.text(prompt, "--prompt")
     return [Request("--prompt", prompt, None, seed)]
   try:
     ids = tuple(int(word) for word in token_ids.replace(",", " ").split())
@@ -158,7 +160,7 @@ def _parse(line: str, where: str, seed: int) -> Request:
   is_int = lambda x: isinstance(x, int) and not isinstance(x, bool)
   try:
     record = json.loads(line)
-  except ValueError as e:
+  except (ValueError, RecursionError) as e:
     raise UserError(f"{where}: not JSON ({e})") from e
   if not isinstance(record, dict):
     raise UserError(f"{where}: not a JSON object: {line:.40}")
@@ -176,6 +178,8 @@ def _parse(line: str, where: str, seed: int) -> Request:
     text = chat_prompts.question(record, where).turns[0].strip()
   if ids is None and not (isinstance(text, str) and text.strip()):
     raise UserError(f'{where}: "prompt" must be text: {text!r:.40}')
+  if ids is None:
+    rows.text(text, f'{where}: "prompt"')
   if ids is not None:
     if not (isinstance(ids, list) and ids and all(map(is_int, ids))):
       raise UserError(f'{where}: "token_ids" must be a list of whole numbers')

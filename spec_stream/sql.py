@@ -64,6 +64,7 @@ def normalise(text: str) -> str | None:
   """The normal form of a query, or None for what sqlglot reads as none."""
   import sqlglot
   from sqlglot import errors, expressions
+  from sqlglot.tokens import TokenType
 
   dialect = _dialect()
   try:
@@ -78,24 +79,53 @@ def normalise(text: str) -> str | None:
     return None
   if not all(isinstance(x, ends) for x in rest):
     return None
-  while tokens[-1].text == ";":
+  while tokens[-1].token_type == TokenType.SEMICOLON:
     tokens.pop()
   return " ".join(
-    _spell(token, before, after)
-    for before, token, after in zip(
-      [None, *tokens], tokens, [*tokens[1:], None], strict=False
+    _spell(token, before, after, named)
+    for before, token, after, named in zip(
+      [None, *tokens],
+      tokens,
+      [*tokens[1:], None],
+      [False, *_before_tables(tokens)],
+      strict=False,
     )
   )
 
 
-def _spell(token, before, after) -> str:
-  """One token in its normal form; before, after: its neighbours or None."""
+def _before_tables(tokens) -> list[bool]:
+  """Whether a table follows each token: FROM of a SELECT, not of a function
+  such as TRIM(a FROM b), nor of IS DISTINCT FROM."""
+  from sqlglot.tokens import TokenType
+
+  selects, found, before = [False], [], None
+  for token in tokens:
+    kind = token.token_type
+    if kind == TokenType.L_PAREN:
+      selects.append(False)
+    elif kind == TokenType.R_PAREN and len(selects) > 1:
+      selects.pop()
+    elif kind == TokenType.SELECT:
+      selects[-1] = True
+    table = kind == TokenType.JOIN
+    if kind == TokenType.FROM:
+      table = selects[-1] and before != TokenType.DISTINCT
+    found.append(table)
+    before = kind
+  return found
+
+
+def _spell(token, before, after, named: bool) -> str:
+  """One token in its normal form; before, after: its neighbours or None.
+
+  named: it is the name of a table, in whatever quotes.
+  """
   from sqlglot.tokens import TokenType
 
   text, kind = token.text, token.token_type
   beside = [x.token_type for x in (before, after) if x is not None]
-  names = (TokenType.FROM, TokenType.JOIN, TokenType.ALIAS)
-  is_name = TokenType.DOT in beside or (before and before.token_type in names)
+  is_name = named or TokenType.DOT in beside
+  is_name |= before is not None and before.token_type == TokenType.ALIAS
   if kind == TokenType.STRING and not is_name:
     return "'" + text.replace("'", "''") + "'"
   if kind in (TokenType.STRING, TokenType.IDENTIFIER):

@@ -4,6 +4,9 @@ import os
 
 # Before anything imports jax. `JAX_PLATFORMS=cuda pytest -m gpu` still works.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Hundreds of tiny programs: LLVM's optimiser would take most of the time, and
+# what XLA itself does to a program stays. `XLA_FLAGS= pytest` leaves it on.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import hypothesis
 import jax

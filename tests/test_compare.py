@@ -10,7 +10,7 @@ import pytest
 from test_launch import write_run
 from tiny import DATA, MODEL, pairs
 
-from spec_stream import checkpoints, compare, task, weights
+from spec_stream import checkpoints, compare, task
 from spec_stream.data.tokenizer import Tokenizer
 from spec_stream.drafters.streams import StreamDraft
 from spec_stream.errors import UserError
@@ -24,9 +24,11 @@ LORA = StreamConfig(num_streams=2, num_stream_layers=1, lora_rank=2)
 TREE = StreamDraft(TreeSpec(num_nodes=4))
 
 
-def write(directory, streams, step=3, tokenizer=TOKENIZER, train=(), **data):
+def write(
+  directory, streams, step=3, tokenizer=TOKENIZER, train=(), model=MODEL, **data
+):
   model = dataclasses.replace(
-    MODEL,
+    model,
     vocab_size=tokenizer.vocab_size,
     max_positions=64,
     streams=streams,
@@ -57,6 +59,18 @@ def test_steps_and_data_that_differ_are_said(folder):
   # Without one that started from it, a base is a run like others.
   said = compare.differences(find("longer", "base"))
   assert len(said) == 2 and "base 9" in said[0]
+  # A run that a lossless one began with is still compared with a third.
+  after = {"init_from": str(folder / "next"), "trainable": "adapters"}
+  lossless = dataclasses.replace(LORA, mode="lossless")
+  write(folder / "lossless", lossless, step=7, train=after)
+  assert not compare.differences(find("streams", "base", "next", "lossless"))
+  steps, _ = compare.differences(find("longer", "next", "lossless"))
+  assert "next 3" in steps and "lossless" not in steps
+  # Another model, and other rows of the same data.
+  wide = dataclasses.replace(MODEL, width=32)
+  write(folder / "wide", PLAIN, step=4, seed=5, model=wide, stream_positions=8)
+  places, width = compare.differences(find("longer", "wide"))
+  assert "data.stream_positions" in places and "model.width" in width
 
 
 def test_what_cannot_be_compared(folder, tmp_path):
@@ -81,6 +95,7 @@ def test_a_row_for_each_run(folder):
   rows = compare.evaluate_all(
     entries,
     prompts,
+    "test",
     TREE,
     lambda name: lambda done, total: seen.append((name, done, total)),
     batch=2,
@@ -96,13 +111,10 @@ def test_a_row_for_each_run(folder):
   assert streams["identical"] == 1 and after["identical"] is None
   assert streams["tokens_per_call"] >= 1 == after["tokens_per_call"]
   assert all(0 <= r["rouge1"] <= 100 for r in rows)
-  # Adapters count in both, streams and pruner where there are any.
-  assert base["extra_params"] == 0 < after["extra_params"]
-  run = checkpoints.load_run(folder / "streams")
-  added = weights.paths(run.model.config, *weights.ADAPTERS)
-  shapes = weights.shapes(run.model.config)
-  size = sum(shapes[path].size for path in added)
-  assert streams["extra_params"] == size > after["extra_params"]
+  # As in results.jsonl: what drafting needs. LoRA serves the main stream.
+  assert base["extra_params"] == after["extra_params"] == 0
+  size = 2 * MODEL.width
+  assert streams["extra_params"] == size
   table = compare.render(rows).splitlines()
   assert len(table) == 4 and f"{size:,}" in table[1]
   assert "adapters of rank 2" in table[1] and "next token" in table[2]
@@ -120,6 +132,8 @@ ROW = {
   "kept_nodes": 0,
   "prune_threshold": 0.0,
   "temperature": 0.0,
+  "batch": 1,
+  "device": "cpu",
 }
 
 
@@ -129,12 +143,14 @@ def test_a_speed_up_is_one_that_was_measured(folder, tmp_path):
   model = checkpoints.load_run(folder / "streams").model.config
   drafter = TREE.resolve(model)
   row = ROW | {"tree_width": drafter.tree.width}
-  speed = lambda: compare.speed(entry, 3, "restaurants", drafter)
+  about = {"step": 3, "dataset": "restaurants", "device": "cpu"}
+  speed = lambda drafter=drafter: compare.speed(entry, about, drafter)
   assert speed() == {}
   lines = [row | {"speedup": 1.5}, row | {"speedup": 1.7}]
   others = {
     "step": 2, "dataset": "e2e_nlg", "tree": "chain", "tree_nodes": 8,
     "temperature": 0.5, "method": "none", "kept_nodes": 2, "num_streams": 1,
+    "batch": 8, "device": "gpu",
   }  # fmt: skip
   lines += [row | {name: x, "speedup": 9.0} for name, x in others.items()]
   path = tmp_path / "results.jsonl"

@@ -71,6 +71,14 @@ def test_many_prompts_keep_their_order():
   assert got == alone
   with pytest.raises(UserError, match="batch=0"):
     evaluate.decode_all(model, prompts, NoDraft(), batch=0)
+  # Looked at before anything is decoded, and named by its place in the list.
+  seen.clear()
+  prompts[1] = [5] * model.config.max_positions
+  with pytest.raises(UserError, match="prompt 1 of .* do not fit"):
+    evaluate.decode_all(
+      model, prompts, NoDraft(), on_batch=lambda *at: seen.append(at)
+    )
+  assert not seen
 
 
 # -- prompts -----------------------------------------------------------------

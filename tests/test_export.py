@@ -100,12 +100,16 @@ def test_streams_alone_go_beside_the_base(tmp_path):
 def test_what_cannot_be_exported(tmp_path):
   out, lora = tmp_path / "out", make_run(LORA)
   bare = make_run(StreamConfig(2, 1))
+  frozen = make_run(PLAIN)
+  frozen.config["train"]["trainable"] = "adapters"
   # Llama has no such norm; no family has it without others.
   odd = make_run(LORA, norm_offset=True, activation="relu", gated=True)
   for write, run, says in (
     (export.streams, lora, "only lossless mode leaves the base as it was"),
     (export.streams, bare, "only lossless mode"),
     (export.adapters, bare, "has no LoRA adapters"),
+    (export.adapters, make_run(PLAIN), "trained its base as well"),
+    (export.adapters, frozen, "this run began with nothing"),
     (export.adapters, lora, "PEFT would make another model .*eq. 1"),
     (export.adapters, make_run(LOSSLESS), "act on streams alone"),
     (export.merge, odd, "no Hugging Face family has this model"),
@@ -114,7 +118,7 @@ def test_what_cannot_be_exported(tmp_path):
       write(run, out)
     assert "\n" not in str(error.value) and not out.exists()
   for settings, says in (
-    ({"dtype": "float16"}, "--dtype=float16: use float32 or bfloat16"),
+    ({"dtype": "float8"}, "--dtype=float8: use one of float32, bfloat16"),
     ({"shard_bytes": 0}, "--shard_gb must be above 0"),
   ):
     with pytest.raises(UserError, match=says):
@@ -122,6 +126,29 @@ def test_what_cannot_be_exported(tmp_path):
   out.mkdir()
   with pytest.raises(UserError, match="exists: give a new directory"):
     export.merge(lora, out)
+
+
+def test_a_whole_file_goes_before_others_beside_it(tmp_path):
+  """As in transformers: adapters may lie there, or a second copy."""
+  run = make_run(LOSSLESS)
+  export.merge(run, tmp_path / "out")
+  for name in ("adapter_model", "pytorch_model"):
+    shutil.copy(
+      tmp_path / "out" / "streams.safetensors",
+      tmp_path / "out" / f"{name}.safetensors",
+    )
+  same(values(checkpoints.load_checkpoint(tmp_path / "out")), values(run))
+
+
+def test_a_run_has_the_tokenizer_that_was_written_last(tmp_path):
+  """That of an abandoned run in the same place must not stay."""
+  run = make_run(LOSSLESS)
+  tokenizer = checkpoints.tokenizer_directory(tmp_path)
+  tokenizer.mkdir()
+  (tokenizer / "tokenizer.json").write_text("{}")
+  checkpoints.write_tokenizer(tmp_path, run.tokenizer)
+  found = checkpoints.read_tokenizer(tmp_path, 280)
+  assert found.hash() == TOKENIZER.hash()
 
 
 def test_half_an_export_leaves_nothing(tmp_path, monkeypatch):

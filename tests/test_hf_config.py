@@ -218,6 +218,9 @@ def test_what_the_published_configs_say(tmp_path):
     ("Llama-2-7B", {"quantization_config": {"bits": 4}}, "quantization_config"),
     ("Llama-3.1-8B", {"rope_scaling": {"type": "yarn", "factor": 4}}, "yarn"),
     ("Llama-3.1-8B", {"rope_scaling": {**_LLAMA3, "mscale": 2}}, "mscale=2"),
+    ("Llama-3.1-8B", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ("Qwen2.5-7B", {"is_causal": False}, "is_causal=False"),
+    ("phi-2", {"partial_rotary_factor": 0.0}, "must be above 0"),
     ("phi-2", {"qk_layernorm": True}, "qk_layernorm=True"),
     ("opt-1.3b", {"do_layer_norm_before": False}, "do_layer_norm_before"),
     ("opt-1.3b", {"word_embed_proj_dim": 512}, "word_embed_proj_dim=512"),
@@ -240,6 +243,45 @@ def test_what_is_not_implemented_is_refused_by_name(
   with pytest.raises(UserError, match=words) as error:
     read(tmp_path, values)
   assert "\n" not in str(error.value)
+
+
+def without(values, *names):
+  return {name: x for name, x in values.items() if name not in names}
+
+
+def test_a_missing_key_is_the_familys_default_and_a_null_is_none(tmp_path):
+  mistral = PUBLISHED["Mistral-7B-v0.1"][0]
+  names = "sliding_window", "num_key_value_heads"
+  config = read(tmp_path, without(mistral, *names))
+  assert (config.sliding_window, config.num_kv_heads) == (4096, 8)
+  config = read(tmp_path, mistral | dict.fromkeys(names))
+  assert (config.sliding_window, config.num_kv_heads) == (0, 32)
+  llama = PUBLISHED["Llama-3.1-8B"][0]
+  scaling = without(_LLAMA3, "original_max_position_embeddings")
+  config = read(tmp_path, llama | {"rope_scaling": scaling})
+  most = llama["max_position_embeddings"]
+  assert config.rope_scaling.original_positions == most
+
+
+def test_streams_may_be_as_deep_as_the_model(tmp_path):
+  """Deeper than the layers that this project's default model has."""
+  read(tmp_path, PUBLISHED["Llama-2-7B"][0])
+  streams = dataclasses.asdict(StreamConfig(num_stream_layers=16))
+  open_ = dict(max_positions=0, dtype="", param_dtype="", quantize="")
+  settings = dict(checkpoint=str(tmp_path), streams=streams, **open_)
+  config, _ = checkpoint.configure(settings, 1024)
+  assert config.insertion_layer == 16
+  streams["num_stream_layers"] = 33
+  with pytest.raises(UserError, match="is above model.num_layers=32"):
+    checkpoint.configure(settings, 1024)
+
+
+def test_float16_weights_stay_and_are_computed_in_float32(tmp_path):
+  values = PUBLISHED["Llama-2-7B"][0] | {"torch_dtype": "float16"}
+  config = read(tmp_path, values)
+  assert (config.param_dtype, config.dtype) == ("float16", "float32")
+  with pytest.raises(UserError, match="model.dtype is 'float16'"):
+    read(tmp_path, values, dtype="float16")
 
 
 def test_a_model_of_no_family_cannot_be_described():

@@ -27,9 +27,9 @@ SHARED = StreamConfig(
 )
 
 
-def as_run(model, source, **train):
+def as_run(model, source):
   settings = {"model": to_dict(model.config)}
-  settings["train"] = {"init_from": str(source), **train}
+  settings["train"] = {"init_from": str(source), "trainable": "adapters"}
   return checkpoints.Run(model, None, settings, 1)
 
 
@@ -66,9 +66,11 @@ def test_an_exported_checkpoint_is_the_same_model(source, tmp_path):
   assert config == model.config
 
 
-def test_adapters_are_folded_in_or_written_for_peft(source, tmp_path):
-  """Shared mode, every family: main stream = base + LoRA."""
-  path, theirs, name = source
+@pytest.mark.parametrize("name", ["qwen2", "phi", "phi3", "opt"])
+def test_adapters_are_folded_in_or_written_for_peft(name, tmp_path):
+  """Shared mode, main stream = base + LoRA, each layout of projections."""
+  path = tmp_path / "base"
+  theirs = hf_models.make(name, path)
   config = checkpoint.read_config(path, streams=SHARED)
   values = weights.to_weights(checkpoint.load(path, config))
   rng = np.random.default_rng(1)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import hf_models
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from spec_stream import checkpoints, sharding, weights
+from spec_stream import checkpoints, export, sharding, weights
 from spec_stream.data.pipeline import DataConfig
 from spec_stream.decode import generate
 from spec_stream.drafters.none import NoDraft
@@ -147,9 +148,68 @@ def test_a_quantised_base(source, tmp_path, monkeypatch, kind):
   assert plain == fast
   with pytest.raises(UserError, match=f"a base in {kind}"):
     checkpoint.describe(model.config)
+  found = checkpoints.load_run(workdir)
+  with pytest.raises(UserError, match=f"belong to a base in {kind}"):
+    export.streams(found, tmp_path / "streams")
   whole = dataclasses.replace(TRAIN, trainable="all")
   with pytest.raises(UserError, match="quantize=int. is for a frozen base"):
     train(str(tmp_path / "other"), source[0], whole, quantize=kind)
+
+
+def test_a_run_without_its_base_does_not_go_on(source, run, tmp_path):
+  shutil.copytree(run, tmp_path / "run")
+  shutil.rmtree(tmp_path / "run" / "base")
+  longer = dataclasses.replace(TRAIN, steps=9)
+  with pytest.raises(UserError, match="base lacks .* frozen weights"):
+    train(str(tmp_path / "run"), source[0], longer)
+
+
+def test_an_exported_run_goes_on_with_its_streams(source, run, tmp_path):
+  tuned = checkpoints.load_run(run)
+  export.merge(tuned, tmp_path / "out")
+  found = fit.load_base(str(tmp_path / "out"), tuned.model.config)
+  want = weights.to_weights(tuned.model)
+  assert found.keys() == want.keys()
+  assert all(np.array_equal(found[path], x) for path, x in want.items())
+  other = dataclasses.replace(STREAMS, num_streams=3)
+  other = dataclasses.replace(tuned.model.config, streams=other)
+  found = fit.load_base(str(tmp_path / "out"), other)
+  assert set(found) == set(checkpoint.base_shapes(other))  # the rest is fresh
+
+
+def test_small_dtypes_are_for_a_frozen_base(source, tmp_path):
+  every = dataclasses.replace(TRAIN, trainable="all")
+  for dtype in ("bfloat16", "float16"):
+    with pytest.raises(UserError, match=f"weights in {dtype} would lose"):
+      streams = dataclasses.replace(STREAMS, mode="shared")
+      config = checkpoint.read_config(
+        source[0], streams=streams, param_dtype=dtype
+      )
+      resolve(config, every)
+
+
+def test_a_float16_checkpoint(source, tmp_path):
+  """Weights keep their bits on the way in and out."""
+  source[1].half().save_pretrained(tmp_path / "half")
+  source[1].float()
+  model = checkpoint.load(tmp_path / "half")
+  ours = weights.to_weights(model)
+  assert {x.dtype.name for x in ours.values()} == {"float16"}
+  table = source[1].get_input_embeddings().weight.detach().numpy()
+  assert np.array_equal(ours["embed/table"], table.astype(np.float16))
+  settings = {"model": {}, "train": {}}
+  export.merge(checkpoints.Run(model, None, settings, 0), tmp_path / "out")
+  again = weights.to_weights(checkpoint.load(tmp_path / "out"))
+  for path, x in ours.items():
+    assert again[path].dtype == x.dtype and np.array_equal(again[path], x)
+  prompt = list(range(5, 20))
+  want = hf_models.greedy(
+    type(source[1]).from_pretrained(tmp_path / "half", dtype="float32"),
+    prompt,
+    8,
+  )
+  out = generate(model, [prompt], NoDraft(), max_new_tokens=8)
+  assert out[0].token_ids == want
 
 
 def test_bfloat16_base_and_float32_adapters(source, tmp_path, monkeypatch):

@@ -67,6 +67,17 @@ def test_a_malformed_line_is_named(tmp_path, line, says):
     requests.read(None, None, str(path), 0)
 
 
+def test_text_that_is_no_unicode(tmp_path):
+  path = tmp_path / "p.jsonl"
+  for line in ('{"prompt": "a\\ud83d"}', "[" * 100_000):
+    path.write_text(line)
+    with pytest.raises(UserError, match="line 1") as error:
+      requests.read(None, None, str(path), 0)
+    assert "\n" not in str(error.value)
+  with pytest.raises(UserError, match="--prompt holds half a character"):
+    requests.read("\udcff", None, None, 0)
+
+
 def test_a_question_is_its_first_turn(tmp_path):
   path = tmp_path / "q.jsonl"
   question = {"question_id": 1, "category": "c", "turns": [" Why? ", "How?"]}

@@ -44,6 +44,14 @@ OTHER = [
   ("SELECT a FROM t JOIN u", "SELECT a FROM t INNER JOIN u"),
   ("SELECT a FROM t WHERE b = x'ab'", "SELECT a FROM t WHERE b = 'ab'"),
   ("SELECT a FROM t WHERE b = x'ab'", "SELECT a FROM t WHERE b = ab"),
+  ("SELECT a FROM t WHERE b = ';'", "SELECT a FROM t WHERE b = ''"),
+  ("SELECT a FROM t WHERE b = 'x;'", "SELECT a FROM t WHERE b = 'x'"),
+  ("SELECT a ';'", "SELECT a"),
+  (
+    "SELECT a FROM t WHERE b IS DISTINCT FROM 'Paris'",
+    "SELECT a FROM t WHERE b IS DISTINCT FROM 'paris'",
+  ),
+  ("SELECT TRIM(a FROM 'Bb') FROM t", "SELECT TRIM(a FROM 'bb') FROM t"),
 ]
 NO_QUERY = [
   "",

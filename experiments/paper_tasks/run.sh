@@ -16,7 +16,7 @@ tasks=("${@:3}")
 python=${PYTHON:-python}
 declare -A folder=([text_corpus]=english_novels [e2e_nlg]=e2e_nlg
   [dialogsum]=dialogsum [sql_create_context]=sql_create_context_rederived)
-declare -A steps=([e2e_nlg]=700 [dialogsum]=600 [sql_create_context]=1000)
+declare -A steps=([e2e_nlg]=500 [dialogsum]=300 [sql_create_context]=600)
 
 train() {  # TASK RUN FLAGS...
   "$python" launch/train.py --config="configs/paper_tasks.py:$1" \
@@ -25,7 +25,7 @@ train() {  # TASK RUN FLAGS...
 }
 lossless=(--config.train.trainable=adapters --config.model.streams.mode=lossless
   --config.model.streams.num_stream_layers=3
-  --config.model.streams.lora_rank=32 --config.train.steps=300
+  --config.model.streams.lora_rank=32 --config.train.steps=200
   --config.train.stream_weight=1.0)
 
 mkdir -p "$work"

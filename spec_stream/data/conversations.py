@@ -36,8 +36,9 @@ class Conversations(builder.PairsBuilder):
 
   def pairs(self, path, name):
     for ident, turns in read(path, name):
-      # Long conversations come in parts, id_0, id_1: they stay together.
-      group = re.sub(r"_\d+$", "", ident)
+      # ShareGPT's long conversations come in parts, QWJhYvA_0, QWJhYvA_1, that
+      # stay together; another id may count whatever it likes.
+      group = re.sub(r"^(\w{7})_\d+$", r"\1", ident)
       for prompt, completion in formats.conversation_pairs(turns):
         yield group, prompt, completion
 

@@ -114,6 +114,11 @@ def train_iterator(
       f"data.batch_size={config.batch_size} must be a multiple of the "
       f"{process_count} processes"
     )
+  if tokenizer.eos_id is None:
+    raise UserError(
+      "the tokenizer names no token that ends an answer: set eos_token in the "
+      "checkpoint's tokenizer_config.json"
+    )
   encoded = [encode(tokenizer, *pair) for pair in examples(config, split)]
   budget = {
     "tokens": config.seq_len,

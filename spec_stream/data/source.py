@@ -77,7 +77,12 @@ def builder(name: str, data_dir: str, manual_dir: str = ""):
   # TFDS writes beside the final folder and renames: a failure leaves nothing
   # that a later run would take for whole. What it prints is for notebooks.
   with contextlib.redirect_stdout(io.StringIO()):
-    made.download_and_prepare()
+    try:
+      made.download_and_prepare()
+    except OSError:
+      if not os.path.exists(made.data_dir):
+        raise
+      made = kind(**settings)  # another process was first
   return made
 
 

@@ -107,9 +107,9 @@ def read_config(
     raise
   except (ArithmeticError, ValueError, TypeError) as e:  # 0 heads, a "4.0"
     raise UserError(f"{path} describes no model: {e}") from e
+  keys.only("is_causal", True)
   keys.close()
   own = values.get("dtype") or values.get("torch_dtype") or "float32"
-  own = "float32" if own == "float16" else own  # the wider: nothing is lost
   if max_positions:
     if fields.get("positions") == "learned":
       raise UserError(
@@ -121,7 +121,8 @@ def read_config(
     streams = _own_streams(directory) or NO_STREAMS
   return ModelConfig(
     **fields,
-    dtype=dtype or own,
+    # The range of float16 is too small to compute in.
+    dtype=dtype or ("float32" if own == "float16" else own),
     param_dtype=param_dtype or own,
     quantize=quantize,
     streams=streams,
@@ -144,7 +145,7 @@ def configure(settings: dict, vocab_size: int) -> tuple[ModelConfig, str]:
   if not directory:
     values = {**settings, **chosen, "vocab_size": vocab_size}
     return model_config.from_dict(values), ""
-  streams = model_config.from_dict({"streams": settings["streams"]}).streams
+  streams = StreamConfig(**settings["streams"])
   return read_config(directory, streams=streams, **chosen), directory
 
 
@@ -223,6 +224,8 @@ def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
           "is incomplete"
         )
     return [directory / name for name in names]
+  if (directory / "model.safetensors").is_file():  # whatever is beside it
+    return [directory / "model.safetensors"]
   found = [
     path
     for path in sorted(directory.glob("*.safetensors"))
@@ -354,18 +357,30 @@ def load(
   """
   config = config or read_config(directory)
   found = read_weights(directory, config, mesh)
-  rest = {
-    path: x for path, x in weights.shapes(config).items() if path not in found
-  }
+  found |= read_added(directory, config, mesh)
+  rest = {p: x for p, x in weights.shapes(config).items() if p not in found}
   if rest:
     place = _places(rest, mesh)
-    if _own_streams(pathlib.Path(directory)) == config.streams:
-      added = dict(_read_streams(pathlib.Path(directory), rest))
-    else:
-      fresh = jax.jit(lambda: weights.init(config, 0))()
-      added = {path: fresh[path] for path in rest}
-    found |= {path: jax.device_put(x, place[path]) for path, x in added.items()}
+    fresh = jax.jit(lambda: weights.init(config, 0))()
+    found |= {path: jax.device_put(fresh[path], place[path]) for path in rest}
   return weights.to_model(config, found)
+
+
+def read_added(
+  directory, config: ModelConfig, mesh: Mesh | None = None
+) -> Weights:
+  """Streams and adapters that came with a checkpoint, by path; none if there
+  are none, or if they are configured otherwise. Raises: UserError."""
+  directory = pathlib.Path(directory)
+  if _own_streams(directory) != config.streams:
+    return {}
+  names = weights.paths(config, *weights.ADAPTERS)
+  shapes = {p: x for p, x in weights.shapes(config).items() if p in names}
+  place = _places(shapes, mesh)
+  return {
+    path: jax.device_put(x, place[path])
+    for path, x in _read_streams(directory, shapes)
+  }
 
 
 def _read_streams(directory, shapes) -> Iterator[tuple[str, np.ndarray]]:

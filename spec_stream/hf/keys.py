@@ -63,9 +63,9 @@ class Keys:
       raise UserError(f"{self.where}: {name}={value} is no size of a model")
     return value
 
-  def has(self, name: str) -> bool:
-    """Whether the key is there, if only as null."""
-    return name in self._values
+  def given(self, name: str, absent, null, kind: type | None = None):
+    """A value, where a missing key means one thing and a null another."""
+    return self.get(name, null if name in self._values else absent, kind)
 
   def only(self, name: str, *allowed):
     """Refuses a value that is not implemented; missing: the first one."""
@@ -103,28 +103,29 @@ def read_rope(
   keys: Keys,
   *,
   theta: float = 10_000.0,
-  partial: float = 1.0,
+  partial: float | None = None,
   most: int = 0,
   layers: str = "",
 ) -> Rope:
   """Rotary settings of either generation.
 
-  theta, partial: the family's defaults; most: max_position_embeddings; layers:
-  the entry of `rope_parameters` to read, where it has one per kind of layer.
+  theta, partial: the family's defaults, None if its heads turn whole; most:
+  max_position_embeddings; layers: the entry of `rope_parameters` to read, where
+  it has one per kind of layer.
   """
   where = f"{keys.where}: rope_parameters"
   new = keys.get("rope_parameters", {}, dict)
   if layers and layers in new:
     new = new[layers]
   theta = keys.get("rope_theta", theta, float)
-  partial = keys.get("partial_rotary_factor", partial, float)
+  share = keys.get("partial_rotary_factor", partial or 1.0, float)
   original = keys.get("original_max_position_embeddings", 0, int)
   old = keys.get("rope_scaling", {}, dict)
   if not isinstance(new, dict):
     raise UserError(f"{where}.{layers} must be an object")
   values = Keys({**old, **new}, where if new else f"{keys.where}: rope_scaling")
   theta = values.get("rope_theta", theta, float)
-  partial = values.get("partial_rotary_factor", partial, float)
+  share = values.get("partial_rotary_factor", share, float)
   original = values.get("original_max_position_embeddings", original, int)
   older = values.get("type", "default", str)
   kind = values.get("rope_type", older, str)
@@ -137,7 +138,7 @@ def read_rope(
       name: values.get(name, kind=float)
       for name in ("factor", "low_freq_factor", "high_freq_factor")
     }
-    scaling["original_positions"] = original
+    scaling["original_positions"] = original or most
   elif kind == "longrope":
     original = original or most
     short, long = (
@@ -160,7 +161,12 @@ def read_rope(
   values.close()
   if theta <= 0:
     raise UserError(f"{keys.where}: rope_theta={theta} must be above 0")
-  return Rope(theta, RopeScaling(kind, **scaling), partial)
+  if share != 1 and (partial is None or not 0 < share <= 1):
+    most = "1 here" if partial is None else "above 0, and at most 1"
+    raise UserError(
+      f"{keys.where}: partial_rotary_factor={share} must be {most}"
+    )
+  return Rope(theta, RopeScaling(kind, **scaling), share)
 
 
 def write_rope(scaling: RopeScaling) -> dict | None:

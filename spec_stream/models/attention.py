@@ -26,6 +26,7 @@ from spec_stream.models.layers import (
   frequencies,
   rotate,
   rotation,
+  wide,
 )
 from spec_stream.models.lora import Linear
 from spec_stream.models.scores import joined, scores
@@ -146,9 +147,11 @@ class Attention(nnx.Module):
         qk = jnp.concatenate(normed, 3)
       if rows.rotary is not None:
         qk = rotate(qk, rows.rotary[:, :, None, None])
+      # Scaled before it is rounded: the scale itself may be no bfloat16.
       scale = config.attention_scale or config.head_dim**-0.5
-      scale = jnp.asarray(scale, qk.dtype)
-      q = jnp.moveaxis(qk[:, :, :, :groups] * scale, 2, 1)  # [B, K, R, G, H]
+      q = qk[:, :, :, :groups]
+      q = (q.astype(wide(q.dtype)) * scale).astype(q.dtype)
+      q = jnp.moveaxis(q, 2, 1)  # [B, K, R, G, H]
       k, v = qk[:, :, :, groups], qkv[:, :, :, -1]
       if rows.turn is not None:
         v = rotate(v, rows.turn[:, :, None])

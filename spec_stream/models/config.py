@@ -106,6 +106,8 @@ class RopeScaling:
     _check_choice("model.rope_scaling", self, "kind", ROPE_SCALINGS)
     if self.factor <= 0:
       raise UserError("model.rope_scaling.factor must be above 0")
+    if self.kind in ("llama3", "longrope") and self.original_positions < 1:
+      raise UserError("model.rope_scaling.original_positions must be 1 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +115,9 @@ class ModelConfig:
   """A decoder: grouped-query attention, and what families differ in.
 
   The defaults are Llama's: rotary positions, RMSNorm, SwiGLU, no biases.
-  dtype is that of the computation, param_dtype that of the base weights
-  (adapters are float32); softmax, norms and logits are float32 or wider.
+  dtype is that of the computation, param_dtype that of the base weights, which
+  may also be float16 (adapters are float32); softmax, norms and logits are
+  float32 or wider.
   max_positions bounds prompt and output together: no cache is made for more.
 
   norm: "rms" or "layer" (with bias). norm_offset: scales are stored as their
@@ -201,7 +204,9 @@ class ModelConfig:
     ):
       _check_choice("model", self, name, allowed)
     for name in ("dtype", "param_dtype"):
-      if getattr(self, name) not in ("float32", "bfloat16", "float64"):
+      allowed = ["float32", "bfloat16", "float64"]
+      allowed += ["float16"] * (name == "param_dtype")
+      if getattr(self, name) not in allowed:
         raise UserError(
           f"model.{name} is '{getattr(self, name)}': use float32 or bfloat16"
         )

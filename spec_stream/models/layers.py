@@ -55,8 +55,10 @@ class Embed(nnx.Module):
     return x
 
   def decode(self, hidden: jax.Array) -> jax.Array:
-    """Tied LM head: [..., D] -> [..., V]."""
-    return hidden @ self.table[...].astype(hidden.dtype).T
+    """Tied LM head: [..., D] -> [..., V], float32 or wider."""
+    table = self.table[...].astype(hidden.dtype).T
+    dtype = wide(hidden.dtype)
+    return jnp.matmul(hidden, table, preferred_element_type=dtype)
 
 
 class Positions(nnx.Module):

@@ -64,20 +64,26 @@ class Linear(nnx.Module):
       else None
     )
 
-  def __call__(self, x: jax.Array, adapt_from: int = 0) -> jax.Array:
-    """x: [B, R, *in]; rows from `adapt_from` on pass through the adapter."""
+  def __call__(
+    self, x: jax.Array, adapt_from: int = 0, dtype=None
+  ) -> jax.Array:
+    """x: [B, R, *in]; rows from `adapt_from` on pass through the adapter.
+
+    dtype: of the result, which is not rounded before; None: that of x.
+    """
     batch, rows = x.shape[:2]
     x = x.reshape(batch, rows, -1)
     flat = lambda w, n: w[...].astype(x.dtype).reshape(n, -1)
     if self.kernel_scale is None:
-      y = x @ flat(self.kernel, x.shape[-1])
+      kernel = flat(self.kernel, x.shape[-1])
+      y = jnp.matmul(x, kernel, preferred_element_type=dtype)
     else:
       scale = self.kernel_scale[...]
       kernel = self.kernel[...].reshape(x.shape[-1], -1)
       scale = scale.reshape(len(scale), -1)
       y = x @ quant.dequantise(kernel, scale, x.dtype)
     if self.bias is not None:
-      y = y + self.bias[...].astype(x.dtype).reshape(-1)
+      y = y + self.bias[...].astype(y.dtype).reshape(-1)
     if self.lora_a is not None and adapt_from < rows:
       rank = self.lora_b.shape[0]
       low = x[:, adapt_from:] @ flat(self.lora_a, x.shape[-1])

@@ -54,7 +54,7 @@ def quantise(kernel: jax.Array, inputs: int, kind: str):
 def dequantise(kernel: jax.Array, scale: jax.Array, dtype) -> jax.Array:
   """[n, m] integers and [tiles, m] scales -> [n, m] of dtype."""
   qwix = _qwix()
-  return qwix.dequantize(qwix.QArray(kernel, scale.astype(dtype)))
+  return qwix.dequantize(qwix.QArray(kernel, scale)).astype(dtype)
 
 
 def _qwix():

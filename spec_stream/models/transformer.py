@@ -103,8 +103,10 @@ class Transformer(nnx.Module):
   def logits(self, hidden: jax.Array) -> jax.Array:
     """Final-normed hidden [B, R, D] -> logits [B, R, V], float32 or wider."""
     with jax.named_scope("head"):
-      head = self.embed.decode if self.head is None else self.head
-      logits = head(hidden).astype(wide(hidden.dtype))
+      if self.head is None:
+        logits = self.embed.decode(hidden)
+      else:
+        logits = self.head(hidden, dtype=wide(hidden.dtype))
       return softcap(logits, self.config.logit_softcap)
 
   def early_logits(self, early: jax.Array) -> jax.Array:

@@ -123,6 +123,12 @@ def resolve(model: ModelConfig, train: TrainConfig) -> ModelConfig:
       f"model.quantize={model.quantize} is for a frozen base: set "
       "train.trainable=adapters"
     )
+  if train.trainable == "all" and model.param_dtype in ("bfloat16", "float16"):
+    raise UserError(
+      f"train.trainable=all with weights in {model.param_dtype} would lose "
+      "small updates: set model.param_dtype=float32 (model.dtype may stay), or "
+      "train.trainable=adapters"
+    )
   if streams.mode == "lossless" and train.trainable != "adapters":
     if streams.num_streams:
       raise UserError(

@@ -28,7 +28,8 @@ from spec_stream.train.step import make_step
 
 # A run goes on under other values of these; any other change is another run.
 _MAY_CHANGE = {
-  "train": {"steps", "log_every", "save_every", "keep"},
+  "train": {"steps", "log_every", "save_every", "keep"}
+  | {"segment", "remat", "remat_logits"},  # bytes and time, not what is learned
   "data": {"data_dir", "manual_dir"},
 }
 _IN_FLIGHT = 2  # steps the host runs ahead of the device
@@ -63,6 +64,7 @@ def fit(
     base = load_base(train.init_from, model, mesh)
   elif last:
     base = checkpoints.read_base(workdir, checkpoints.abstract(model, mesh))
+    _check_base(workdir, model, train, base)
   state, shardings = states.init(model, train, mesh, base)
   del base
   if not last and jax.process_index() == 0:
@@ -246,6 +248,19 @@ def _flat(values: dict, prefix: str = "") -> dict:
   return flat
 
 
+def _check_base(workdir, model: ModelConfig, train: TrainConfig, base):
+  """Raises: UserError where weights that are not trained would start afresh."""
+  if train.trainable != "adapters":
+    return
+  frozen = set(weights.shapes(model)) - weights.paths(model, *weights.ADAPTERS)
+  missing = sorted(frozen - set(base))
+  if missing:
+    raise UserError(
+      f"{workdir}/base lacks {len(missing)} of the run's frozen weights "
+      f"({missing[0]} ...): copy the run's directory as a whole"
+    )
+
+
 def _restore(saver: Saver, step: int, state, source):
   trained, opt_state = saver.restore(
     step, state.trained, state.opt_state, source
@@ -268,7 +283,8 @@ def load_base(
   Raises: UserError if that run's base model is not this one's.
   """
   if hf.is_checkpoint(workdir):
-    return hf.read_weights(workdir, model, mesh)
+    base = hf.read_weights(workdir, model, mesh)
+    return base | hf.read_added(workdir, model, mesh)
   run = checkpoints.load_run(workdir, mesh=mesh)
   theirs = run.model.config
   for field in dataclasses.fields(ModelConfig):
@@ -289,6 +305,13 @@ def load_base(
       f"train.init_from={workdir} has model.quantize={theirs.quantize}: bits "
       "that are gone do not come back, so use the same"
     )
+  if theirs.quantize and old.config.streams.lora_rank and fresh:
+    if theirs.streams.mode == "shared":
+      raise UserError(
+        f"train.init_from={workdir} has adapters on a base in "
+        f"{theirs.quantize}, which cannot be folded into it: use the same "
+        "model.streams, or start from its base"
+      )
   base = hf.quantised(weights.to_weights(old), model)
   own = weights.shapes(model)
   return {
@@ -309,8 +332,8 @@ def prepare_tokenizer(workdir: str, data: DataConfig, train: TrainConfig):
 
   if data.dataset == "chat_prompts":
     raise UserError(
-      "data.dataset=chat_prompts has questions without answers, for "
-      "launch/benchmark.py: there is nothing to train on"
+      "data.dataset=chat_prompts has questions without answers: there is "
+      "nothing to train on; launch/benchmark.py --questions=FILE decodes them"
     )
   if train.init_from and hf.is_checkpoint(train.init_from):
     if checkpoints.steps(workdir):

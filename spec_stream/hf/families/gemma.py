@@ -72,10 +72,6 @@ def read(keys: Keys, model_type: str) -> dict:
   every = keys.get("sliding_window_pattern", 6 if three else 2)
   slides = tuple(l for l in range(num_layers) if (l + 1) % every)
   cap = (0.0, 0.0) if three else (50.0, 30.0)
-  # An absent key means the family's value, a null none.
-  absent = lambda name, value: keys.get(
-    name, 0.0 if keys.has(name) else value, float
-  )
   return dict(
     vocab_size=keys.get("vocab_size"),
     width=width,
@@ -94,8 +90,8 @@ def read(keys: Keys, model_type: str) -> dict:
     rope_theta_sliding=theta_sliding,
     rope_scaling=rope.scaling,
     attention_scale=keys.get("query_pre_attn_scalar", 256.0) ** -0.5,
-    attention_softcap=absent("attn_logit_softcapping", cap[0]),
-    logit_softcap=absent("final_logit_softcapping", cap[1]),
+    attention_softcap=keys.given("attn_logit_softcapping", cap[0], 0.0, float),
+    logit_softcap=keys.given("final_logit_softcapping", cap[1], 0.0, float),
     embed_scale=width**0.5,
     tie_embeddings=keys.get("tie_word_embeddings", True),
     **read_sliding(keys, num_layers, window, slides),

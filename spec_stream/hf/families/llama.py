@@ -63,21 +63,23 @@ def read(keys: Keys, model_type: str) -> dict:
     ffw_bias = keys.get("mlp_bias", False)
   window, slides = 0, ()
   if model_type == "mistral":
-    window = keys.get("sliding_window", 0, int)
+    window = keys.given("sliding_window", 4096, 0, int)
     slides = tuple(range(num_layers))
   elif model_type != "llama":
     first = keys.get("max_window_layers", 28)
-    window = keys.get("sliding_window", 0, int)
+    window = keys.given("sliding_window", 4096, 0, int)
     slides = tuple(range(first, num_layers))
     if not keys.get("use_sliding_window", False):
       window = 0
   head_dim = 128 if model_type == "qwen3" else width // num_heads
+  # The families' own defaults, where a config.json leaves the key out.
+  kv_heads = {"llama": num_heads, "mistral": 8}.get(model_type, 32)
   return dict(
     vocab_size=keys.get("vocab_size"),
     width=width,
     num_layers=num_layers,
     num_heads=num_heads,
-    num_kv_heads=keys.get("num_key_value_heads", num_heads),
+    num_kv_heads=keys.given("num_key_value_heads", kv_heads, num_heads, int),
     head_dim=keys.get("head_dim", head_dim),
     ffw_dim=keys.get("intermediate_size"),
     max_positions=most,

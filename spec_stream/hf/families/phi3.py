@@ -25,7 +25,7 @@ def read(keys: Keys, model_type: str) -> dict:
   """Fields of ModelConfig."""
   del model_type
   most = keys.get("max_position_embeddings", 4096)
-  rope = read_rope(keys, most=most)
+  rope = read_rope(keys, partial=1.0, most=most)
   num_layers = keys.get("num_hidden_layers")
   keys.only("hidden_act", "silu")
   keys.only("attention_bias", False)
