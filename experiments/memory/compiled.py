@@ -1,0 +1,196 @@
+"""Programs of the library compiled for a device and never run.
+
+Weights and batches are shapes without values, so a 7B model needs no memory
+here; what a program needs is what its compiler says of it.
+"""
+
+import json
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from spec_stream import UserError, decode, sampling, sharding, weights
+from spec_stream.drafters.base import Drafter
+from spec_stream.models.config import ModelConfig
+from spec_stream.models.transformer import merge_lora
+from spec_stream.sharding import AXES
+from spec_stream.train import config as train_config
+from spec_stream.train import losses
+from spec_stream.train import state as states
+from spec_stream.train.config import TrainConfig
+from spec_stream.train.losses import LossConfig
+from spec_stream.train.step import make_step
+
+TARGET_HELP = (
+  "what to compile for: cpu, or tpu:TOPOLOGY (such as tpu:v5p:2x2x1), which "
+  "needs `pip install libtpu` but no TPU"
+)
+
+
+def make_mesh(target: str) -> Mesh:
+  """One device of the target, with the axes of the library.
+
+  Raises: UserError if there is no compiler for the target.
+  """
+  if target == "cpu":
+    devices = jax.devices("cpu")
+  elif target.startswith("tpu:"):
+    # There is no TPU to ask, nor one to run constants on.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    jax.config.update("jax_platforms", "cpu")
+    try:
+      topology = topologies.get_topology_desc(
+        platform="tpu", topology_name=target.removeprefix("tpu:")
+      )
+    except Exception as e:  # libtpu raises what it likes
+      reason = " ".join(str(e).split())[:200]
+      raise UserError(f"no compiler for --target={target}: {reason}") from e
+    devices = topology.devices
+  else:
+    raise UserError(f"--target={target}: use cpu or tpu:TOPOLOGY")
+  one = np.array(devices[:1]).reshape((1,) * len(AXES))
+  return Mesh(one, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def abstract_batch(mesh: Mesh, rows: int, seq_len: int, stream_positions: int):
+  """As of `data.pipeline`: B rows of T tokens, U of them with streams."""
+  place = sharding.batch_sharding(mesh)
+  array = lambda size, dtype: jax.ShapeDtypeStruct(
+    (rows, size), dtype, sharding=place
+  )
+  ids = ("tokens", "segment_ids", "positions")
+  return {name: array(seq_len, jnp.int32) for name in ids} | {
+    "loss_mask": array(seq_len, jnp.bool_),
+    "stream_at": array(stream_positions, jnp.int32),
+    "stream_mask": array(stream_positions, jnp.bool_),
+  }
+
+
+def kept(model: ModelConfig, config: LossConfig, batch) -> int:
+  """Bytes that the forward pass keeps for the backward pass, beside weights.
+
+  What the program asks for, before any compiler: all weights trained.
+  """
+
+  def backward(values, batch):
+    loss = lambda x: losses.loss(weights.to_model(model, x), batch, config)
+    return jax.vjp(loss, values, has_aux=True)[
+      1
+    ]  # its leaves are what it keeps
+
+  shapes = weights.shapes(model)
+  return num_bytes(jax.eval_shape(backward, shapes, batch)) - num_bytes(shapes)
+
+
+def train_step(
+  model: ModelConfig,
+  train: TrainConfig,
+  mesh: Mesh,
+  *,
+  rows: int,
+  seq_len: int,
+  stream_positions: int,
+):
+  """-> (compiled step, abstract state, abstract batch), as `fit` has them."""
+  model = train_config.resolve(model, train)
+  train_config.check_segment(train.segment, seq_len, stream_positions)
+  found = []
+
+  def init():
+    state, shardings = states.init(model, train, mesh)
+    found.append(shardings)
+    return state
+
+  state = jax.eval_shape(init)
+  state = jax.tree.map(_placed, state, found[0])
+  batch = abstract_batch(mesh, rows, seq_len, stream_positions)
+  step = make_step(model, train, mesh, found[0])
+  return step.lower(state, batch).compile(), state, batch
+
+
+def decoding(
+  model: ModelConfig,
+  drafter: Drafter,
+  mesh: Mesh,
+  *,
+  slots: int,
+  prompt: int,
+  batch: int = 1,
+):
+  """-> (compiled prefill, compiled loop, abstract weights by path, and state).
+
+  As in `decode.Decoder`: adapters of shared mode are folded in. Prompts of
+  `prompt` tokens; what is left of the cache's slots is for new ones.
+  """
+  drafter = drafter.resolve(model)
+  graph = []
+
+  def folded(values):
+    made, values = nnx.split(merge_lora(weights.to_model(model, values)))
+    graph.append(made)
+    return values
+
+  here = lambda tree: jax.tree.map(
+    lambda x: _placed(x, NamedSharding(mesh, P())), tree
+  )
+  values = here(jax.eval_shape(folded, weights.shapes(model)))
+  fixed = dict(graphdef=graph[0], drafter=drafter)
+  num_new = slots - prompt - drafter.longest
+  if min(prompt, num_new) < 1:
+    raise UserError(f"a cache of {slots} slots has no room for new tokens")
+  numbers = np.zeros(batch, np.int32)
+  args = np.zeros((batch, prompt), np.int32), numbers, numbers, numbers[:1]
+  args = here((*args, jax.eval_shape(lambda: sampling.make(batch))))
+  prefill = lambda values, *args: decode._prefill(
+    graph[0], values, drafter, None, slots, num_new, *args
+  )
+  first = decode._prefill.lower(
+    graph[0], values, drafter, None, slots, num_new, *args
+  )
+  state = here(jax.eval_shape(prefill, values, *args))
+  loop = decode._loop.lower(**fixed, weights=values, own=None, state=state)
+  by_path = {
+    "/".join(map(str, path)): variable.get_value()
+    for path, variable in nnx.to_flat_state(values)
+  }
+  return first.compile(), loop.compile(), by_path, state
+
+
+def _placed(x, place) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+
+def num_bytes(tree) -> int:
+  """Of all arrays of a tree, from their shapes."""
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def memory(compiled) -> dict[str, int]:
+  """Bytes of a program: what XLA's buffer assignment says of one device.
+
+  arguments, outputs: held by the caller; aliased: outputs that take the place
+  of donated arguments; temporaries: held during the call; total: of all.
+  """
+  stats = compiled.memory_analysis()
+  parts = {
+    "arguments": stats.argument_size_in_bytes,
+    "outputs": stats.output_size_in_bytes,
+    "aliased": stats.alias_size_in_bytes,
+    "temporaries": stats.temp_size_in_bytes,
+  }
+  kept = parts["outputs"] - parts["aliased"]
+  return parts | {"total": parts["arguments"] + kept + parts["temporaries"]}
+
+
+def append(out: pathlib.Path, record: dict):
+  """One JSON object a compilation, in `out`/results.jsonl."""
+  out.mkdir(parents=True, exist_ok=True)
+  with open(out / "results.jsonl", "a") as file:
+    file.write(json.dumps(record) + "\n")
