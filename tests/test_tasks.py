@@ -289,7 +289,7 @@ def test_conversations_have_a_pair_for_each_answer(tmp_path):
 
 def test_parts_of_a_conversation_stay_in_one_split(tmp_path):
   talks = [
-    talk(f"id{i}_{part}", ("human", f"{i}?"), ("gpt", f"{i}."))
+    talk(f"QWJh{i:03}_{part}", ("human", f"{i}?"), ("gpt", f"{i}."))
     for i in range(300)
     for part in range(2)
   ]
@@ -298,6 +298,27 @@ def test_parts_of_a_conversation_stay_in_one_split(tmp_path):
   splits = [pipeline.prompts(chosen, split) for split in builder.SPLITS]
   assert sum(map(len, splits)) == 300 and len(splits[0]) < 300
   assert all(len(x) == 2 for split in splits for _, x in split)
+
+
+def test_other_ids_may_count_as_they_like(tmp_path):
+  """Not all of identity_0, identity_1, ... in one split."""
+  talks = [
+    talk(f"identity_{i}", ("human", f"{i}?"), ("gpt", "Yes."))
+    for i in range(300)
+  ]
+  write(tmp_path / "in" / "mine.json", talks)
+  chosen = config("conversations", tmp_path)
+  splits = [pipeline.prompts(chosen, split) for split in builder.SPLITS]
+  assert all(map(len, splits)) and sum(map(len, splits)) == 300
+
+
+def test_a_tokenizer_without_an_end_cannot_train(tmp_path):
+  for name in ("train.json", "validation.json", "test.json"):
+    talks = [talk("a", ("human", "Hi."), ("gpt", "Ho."))]
+    write(tmp_path / "in" / name, talks)
+  endless = types.SimpleNamespace(eos_id=None)
+  with pytest.raises(UserError, match="names no token that ends an answer"):
+    pipeline.train_iterator(config("conversations", tmp_path), endless)
 
 
 @pytest.mark.parametrize(

@@ -114,12 +114,13 @@ def train_iterator(
       f"data.batch_size={config.batch_size} must be a multiple of the "
       f"{process_count} processes"
     )
+  pairs = examples(config, split)
   if tokenizer.eos_id is None:
     raise UserError(
       "the tokenizer names no token that ends an answer: set eos_token in the "
       "checkpoint's tokenizer_config.json"
     )
-  encoded = [encode(tokenizer, *pair) for pair in examples(config, split)]
+  encoded = [encode(tokenizer, *pair) for pair in pairs]
   budget = {
     "tokens": config.seq_len,
     "loss_mask": config.seq_len,
