@@ -33,6 +33,15 @@ def as_run(model, source):
   return checkpoints.Run(model, None, settings, 1)
 
 
+def with_random_adapters(path, config):
+  """The checkpoint with adapters that do something: fresh ones do nothing."""
+  values = weights.to_weights(checkpoint.load(path, config))
+  rng = np.random.default_rng(1)
+  for name in sorted(weights.paths(config, *weights.ADAPTERS)):
+    values[name] = rng.normal(0, 0.2, values[name].shape).astype(np.float32)
+  return weights.to_model(config, values)
+
+
 def torch_model(path):
   found = transformers.AutoModelForCausalLM.from_pretrained(path)
   return found.float().eval()
@@ -72,11 +81,7 @@ def test_adapters_are_folded_in_or_written_for_peft(name, tmp_path):
   path = tmp_path / "base"
   theirs = hf_models.make(name, path)
   config = checkpoint.read_config(path, streams=SHARED)
-  values = weights.to_weights(checkpoint.load(path, config))
-  rng = np.random.default_rng(1)
-  for p in sorted(weights.paths(config, *weights.ADAPTERS)):
-    values[p] = rng.normal(0, 0.2, values[p].shape).astype(np.float32)
-  run = as_run(weights.to_model(config, values), path)
+  run = as_run(with_random_adapters(path, config), path)
   want = logits(run.model, TOKENS)
   base = hf_models.logits(theirs, TOKENS)
   assert not close(base, want, 1e-2)  # the adapters do something
@@ -100,11 +105,7 @@ def test_next_token_adapters_are_a_plain_lora(tmp_path):
     SHARED, num_streams=0, main_attends_streams=True, lora_layers="all"
   )
   config = checkpoint.read_config(path, streams=streams)
-  values = weights.to_weights(checkpoint.load(path, config))
-  rng = np.random.default_rng(1)
-  for p in sorted(weights.paths(config, *weights.ADAPTERS)):
-    values[p] = rng.normal(0, 0.2, values[p].shape).astype(np.float32)
-  run = as_run(weights.to_model(config, values), path)
+  run = as_run(with_random_adapters(path, config), path)
   export.adapters(run, tmp_path / "out")
   tuned = peft.PeftModel.from_pretrained(theirs, tmp_path / "out").eval()
   assert close(hf_models.logits(tuned, TOKENS), logits(run.model, TOKENS))
@@ -137,7 +138,8 @@ def test_a_model_from_scratch_and_its_tokenizer(tmp_path):
 
 def test_a_checkpoints_own_tokenizer_goes_with_it(tmp_path):
   """Its files are copied as they are; transformers reads the same ids."""
-  tk = pytest.importorskip("tokenizers")
+  import tokenizers as tk
+
   path = tmp_path / "base"
   hf_models.make("llama", path, vocab_size=320)
   core = tk.Tokenizer(tk.models.BPE())
