@@ -97,7 +97,6 @@ SCORERS = {
   "conversations": rouge,
   "sql_create_context": sql_scores,
   "text_corpus": "it is running text, with no prompts to answer",
-  "chat_prompts": "its questions have no references, and so only a speed",
 }
 
 

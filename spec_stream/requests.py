@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 
 from spec_stream import checkpoints, weights
-from spec_stream.data import rows
+from spec_stream.data import chat_prompts, rows
 from spec_stream.decode import Decoder, collect, stream
 from spec_stream.detokenize import Detokenizer
 from spec_stream.drafters.base import Drafter
@@ -173,8 +173,6 @@ def _parse(line: str, where: str, seed: int) -> Request:
     )
   text, ids = record.get("prompt"), record.get("token_ids")
   if given == ["turns"]:
-    from spec_stream.data import chat_prompts
-
     text = chat_prompts.question(record, where).turns[0].strip()
   if ids is None and not (isinstance(text, str) and text.strip()):
     raise UserError(f'{where}: "prompt" must be text: {text!r:.40}')

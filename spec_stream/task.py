@@ -14,6 +14,7 @@ import numpy as np
 
 from spec_stream import checkpoints, requests
 from spec_stream.checkpoints import Run
+from spec_stream.data import chat_prompts
 from spec_stream.errors import UserError
 
 
@@ -106,8 +107,6 @@ def questions(
 
   Raises: UserError for a bad file, or if there is no chat template.
   """
-  from spec_stream.data import chat_prompts
-
   if not os.path.isfile(path):
     raise UserError(f"--questions={path}: no such file")
   read = list(chat_prompts.read(path))

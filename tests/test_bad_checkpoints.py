@@ -16,7 +16,7 @@ import safetensors.numpy
 from test_launch import call_all, one_line
 
 from spec_stream import checkpoints, evaluate
-from spec_stream.data import pipeline
+from spec_stream.data import chat_prompts, pipeline
 from spec_stream.data.tokenizer import Tokenizer
 from spec_stream.errors import UserError
 from spec_stream.hf import checkpoint
@@ -350,9 +350,6 @@ LOSSLESS = [
 TRAIN = {
   "base": [*TALKS, "--workdir=base", "--config.train.objective=next_token"],
   "lossless": [*TALKS, "--workdir=lossless", *LOSSLESS],
-  "data.dataset=chat_prompts has questions without answers": [
-    *TINY, "--workdir=x", "--config.data.dataset=chat_prompts"
-  ],
   "give model.checkpoint or train.init_from, not both": [
     BASE, "--workdir=x", "--config.model.checkpoint=good",
     "--config.train.init_from=base",
@@ -425,7 +422,6 @@ ROWS = {
   "dialogsum": {"dialogue": "a", "summary": "b", "fname": "c"},
   "sql_create_context": {"context": "a", "question": "b", "answer": "c"},
   "conversations": {"id": "a", "conversations": []},
-  "chat_prompts": {"question_id": 1, "category": "a", "turns": ["b"]},
   "text_corpus": {"text": "a"},
 }
 
@@ -444,6 +440,16 @@ def test_line_17_of_a_data_file_is_named(tmp_path, name):
   )
   with pytest.raises(UserError, match=r"\.jsonl, line 17: not JSON") as e:
     pipeline.examples(config, "test")
+  assert "\n" not in str(e.value)
+
+
+def test_line_17_of_a_question_file_is_named(tmp_path):
+  row = {"question_id": 1, "category": "a", "turns": ["b"]}
+  lines = [json.dumps(row)] * 30
+  lines[16] = lines[16][:-3]
+  (tmp_path / "q.jsonl").write_text("\n".join(lines))
+  with pytest.raises(UserError, match=r"\.jsonl, line 17: not JSON") as e:
+    list(chat_prompts.read(str(tmp_path / "q.jsonl")))
   assert "\n" not in str(e.value)
 
 

@@ -366,23 +366,19 @@ QUESTIONS = [
 
 
 @pytest.mark.parametrize("name", ["question.jsonl", "test.jsonl.gz"])
-def test_chat_prompts_are_first_turns_to_decode_only(tmp_path, name):
+def test_questions_are_read_as_they_stand(tmp_path, name):
   path = write(tmp_path / "in" / name, QUESTIONS)
-  chosen = config("chat_prompts", tmp_path)
-  assert sorted(pipeline.prompts(chosen, "test")) == [
-    ("Add.", [""]),
-    ("Compose.", [""]),
-  ]
-  assert chat_prompts.categories(chosen.data_dir, chosen.manual_dir) == {
-    "Compose.": "writing",
-    "Add.": "math",
-  }
-  assert [q.turns for q in chat_prompts.read(str(path))] == [
-    ("Compose. ", "Again."),
-    ("Add.",),
-  ]
-  with pytest.raises(UserError, match="no split 'train', only test"):
-    pipeline.train_iterator(chosen, None)
+  found = list(chat_prompts.read(str(path)))
+  assert [q.turns for q in found] == [("Compose. ", "Again."), ("Add.",)]
+  assert [q.category for q in found] == ["writing", "math"]
+  assert [q.question_id for q in found] == ["81", "82"]
+
+
+def test_an_unknown_split_is_named(tmp_path):
+  for split in builder.SPLITS:
+    write(tmp_path / "in" / f"{split}.jsonl", [{"text": "one"}])
+  with pytest.raises(UserError, match="no split 'dev', only .*validation"):
+    pipeline.examples(config("text_corpus", tmp_path), "dev")
 
 
 @pytest.mark.parametrize(
@@ -464,7 +460,7 @@ def test_each_data_set_has_scores_or_says_why_not():
     assert got == evaluate.rouge(["a b"], [["a b"]])
     assert evaluate.words(got).startswith("ROUGE-1 100.00  ROUGE-Lsum 100.00")
     assert "exact" not in evaluate.words(got)
-  for name in ("text_corpus", "chat_prompts", "nonsense"):
+  for name in ("text_corpus", "nonsense"):
     with pytest.raises(UserError, match=f"no quality of '{name}'.*dialogsum"):
       evaluate.score(name, ["a b"], [["a b"]])
   with pytest.raises(UserError, match="no outputs"):
@@ -512,7 +508,7 @@ def test_the_real_releases(tmp_path, name, folder, sizes):
 
 
 @real
-def test_the_real_novels_and_questions(tmp_path):
+def test_the_real_novels_and_questions():
   folder = os.environ["SPEC_STREAM_DATA"]
   path = os.path.join(folder, "english_novels", "test.jsonl.gz")
   for _, row in rows.read(path, ("text",)):
@@ -520,11 +516,8 @@ def test_the_real_novels_and_questions(tmp_path):
     assert "".join("".join(pieces).split()) == "".join(row["text"].split())
     assert " ".join(pieces).split() == row["text"].split()  # no word is cut
     assert 700 < sum(map(len, pieces)) / len(pieces) <= 1000
-  chosen = DataConfig(
-    dataset="chat_prompts",
-    data_dir=str(tmp_path),
-    manual_dir=os.path.join(folder, "mt_bench"),
-  )
-  assert len(pipeline.prompts(chosen, "test")) == 80
-  kinds = chat_prompts.categories(chosen.data_dir, chosen.manual_dir).values()
-  assert len(set(kinds)) == 8
+  path = os.path.join(folder, "mt_bench", "test.jsonl.gz")
+  found = list(chat_prompts.read(path))
+  assert len({q.turns[0] for q in found}) == 80
+  assert len({q.category for q in found}) == 8
+  assert chat_prompts.name(path, found) == "mt_bench"

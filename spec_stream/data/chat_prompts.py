@@ -2,21 +2,17 @@
 
     {"question_id": 81, "category": "writing", "turns": ["Compose ...", ...]}
 
-Evaluation only, of speed: a `test` split with the first turn of each question
-as prompt, and no reference. MT-bench is by lm-sys/FastChat (Apache-2.0).
+For launchers that decode and time, not for training: there are no answers.
+MT-bench is by lm-sys/FastChat (Apache-2.0).
 """
 
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 
-from spec_stream.data import builder, rows, source
+from spec_stream.data import rows
 from spec_stream.errors import UserError
 
-_URL = (
-  "https://raw.githubusercontent.com/lm-sys/FastChat/main/fastchat/llm_judge/"
-  "data/mt_bench/question.jsonl"
-)
 _MT_BENCH = [str(number) for number in range(81, 161)]  # ids, in its order
 
 
@@ -25,36 +21,6 @@ class Question:
   question_id: str
   category: str
   turns: tuple[str, ...]
-
-
-class ChatPrompts(builder.PairsBuilder):
-  """Prompt: the first turn of a question. Completion: empty."""
-
-  FILES = {
-    "test": ("question.jsonl", "question.jsonl.gz", *builder.jsonl("test"))
-  }
-  URLS = {"test": _URL}
-
-  def _info(self):
-    return source.pairs_info(self, "category")
-
-  def pairs(self, path, name):
-    for question in read(path, name):
-      yield question.category, question.turns[0].strip(), ""
-
-  def _generate_examples(self, path, name, split=""):
-    for i, (category, prompt, completion) in enumerate(self.pairs(path, name)):
-      row = {"prompt": prompt, "completion": completion, "category": category}
-      yield i, row
-
-
-def categories(data_dir: str, manual_dir: str = "") -> dict[str, str]:
-  """Prompt -> category, of prompts as `pipeline.prompts` gives them."""
-  made = source.builder("chat_prompts", data_dir, manual_dir)
-  return {
-    source.text(row["prompt"]): source.text(row["category"])
-    for row in made.as_data_source("test")
-  }
 
 
 def read(path: str, name: str = "") -> Iterator[Question]:

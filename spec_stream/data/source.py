@@ -19,20 +19,15 @@ BUILDERS = {
   "sql_create_context": ("sql_create_context", "SqlCreateContext"),
   "conversations": ("conversations", "Conversations"),
   "text_corpus": ("text_corpus", "TextCorpus"),
-  "chat_prompts": ("chat_prompts", "ChatPrompts"),
 }
 NAMES = tuple(BUILDERS)
 
 
-def pairs_info(builder, *more: str):
-  """The features that all data sets here share: prompt and completion.
-
-  more: names of further texts.
-  """
+def pairs_info(builder):
+  """The features that all data sets here share: prompt and completion."""
   import tensorflow_datasets as tfds
 
-  names = ("prompt", "completion", *more)
-  features = {name: tfds.features.Text() for name in names}
+  features = {n: tfds.features.Text() for n in ("prompt", "completion")}
   return tfds.core.DatasetInfo(
     builder=builder,
     description=builder.__doc__,
@@ -98,8 +93,7 @@ def examples(
   made = builder(name, data_dir, manual_dir)
   if split not in made.info.splits:
     raise UserError(
-      f"'{name}' has no split '{split}', only {', '.join(made.info.splits)}: "
-      "it is for evaluation"
+      f"'{name}' has no split '{split}', only {', '.join(made.info.splits)}"
     )
   source = made.as_data_source(split)
   return tuple(

@@ -330,11 +330,6 @@ def prepare_tokenizer(workdir: str, data: DataConfig, train: TrainConfig):
   from spec_stream.data.pipeline import examples
   from spec_stream.data.tokenizer import Tokenizer
 
-  if data.dataset == "chat_prompts":
-    raise UserError(
-      "data.dataset=chat_prompts has questions without answers: there is "
-      "nothing to train on; launch/benchmark.py --questions=FILE decodes them"
-    )
   if train.init_from and hf.is_checkpoint(train.init_from):
     if checkpoints.steps(workdir):
       size = checkpoints.read_config(workdir)["model"]["vocab_size"]
