@@ -34,11 +34,17 @@ flags.mark_flags_as_required(["workdir", "out"])
 
 def main(argv):
   del argv
-  from spec_stream import checkpoints, export
+  from spec_stream import checkpoints, export, peft
+  from spec_stream.hf import writing
 
-  if _WHAT.value not in export.WHAT:
+  what = {
+    "merged": export.merge,
+    "streams": export.streams,
+    "adapters": peft.write,
+  }
+  if _WHAT.value not in what:
     raise common.UserError(
-      f"--what={_WHAT.value}: use one of {', '.join(export.WHAT)}"
+      f"--what={_WHAT.value}: use one of {', '.join(what)}"
     )
   settings = {}
   if _WHAT.value == "merged":
@@ -46,9 +52,9 @@ def main(argv):
     settings["shard_bytes"] = int(_SHARD_GB.value * export.GB)
   elif _DTYPE.value or flags.FLAGS["shard_gb"].present:
     raise common.UserError("--dtype and --shard_gb go with --what=merged")
-  export.check(_OUT.value)
+  writing.check(_OUT.value)
   run = checkpoints.load_run(_WORKDIR.value, _STEP.value or None)
-  write = export.WHAT[_WHAT.value]
+  write = what[_WHAT.value]
   for note in write(run, _OUT.value, workdir=_WORKDIR.value, **settings):
     print(f"note: {note}")
   size = sum(e.stat().st_size for e in os.scandir(_OUT.value))

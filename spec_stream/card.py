@@ -11,6 +11,7 @@ import pathlib
 from spec_stream import evaluate, metrics, results, text_table, weights
 from spec_stream.checkpoints import Run
 from spec_stream.errors import UserError
+from spec_stream.hf import checkpoint
 from spec_stream.models.config import ModelConfig
 from spec_stream.models.transformer import num_params
 
@@ -29,17 +30,18 @@ _SETTINGS = {
 }
 
 
-def card(run: Run, name: str, workdir, use: str, notes=()) -> str:
+def card(run: Run, out, workdir, use: str, notes=()) -> str:
   """README.md of an exported directory.
 
   Args:
     run: what is exported.
-    name: of the directory.
+    out: the directory.
     workdir: the run's own, for its numbers; None: none are known.
     use: how the directory is loaded, in Markdown.
     notes: what a reader must know before that, one sentence each.
   """
   model, base = run.model.config, base_name(run.config)
+  name = pathlib.Path(out).resolve().name
   added = num_params(run.model, *weights.ADAPTERS)
   total = num_params(run.model)
   about = f"{total:,} weights"
@@ -66,6 +68,23 @@ def base_name(config: dict) -> str:
   """What a run began with, without its path; "" for nothing."""
   start = config.get("train", {}).get("init_from", "")
   return pathlib.Path(start).resolve().name if start else ""
+
+
+def model_type_of(config: dict) -> str:
+  """model_type of the checkpoint that a run began with, if through other runs;
+  "" without one, or if it is no longer there."""
+  seen = set()
+  while True:
+    start = config.get("train", {}).get("init_from", "")
+    if not start or start in seen:
+      return ""
+    seen.add(start)
+    try:
+      config = checkpoint.read_json(pathlib.Path(start) / "config.json")
+    except UserError:
+      return ""
+    if "model_type" in config:
+      return config["model_type"]
 
 
 def merged_use(config: ModelConfig, own_tokenizer: bool) -> str:

@@ -8,22 +8,16 @@
     README.md                         the model card
 
 `streams`, of lossless mode: the last three, to be put beside the files of the
-base, which is unchanged. `adapters`: LoRA in the format of PEFT, where PEFT
-means the same model by it.
+base, which is unchanged. LoRA alone, in PEFT's format: see `peft`.
 
 Weights are written one after the other: beside the run's own, the host holds
-one. The directory is made beside its final name, config.json last, and renamed
-when whole.
+one.
 """
 
-import contextlib
 import dataclasses
-import json
 import math
-import os
 import pathlib
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -34,15 +28,18 @@ from spec_stream.checkpoints import Run
 from spec_stream.data.tokenizer import SPECIALS, Tokenizer
 from spec_stream.errors import UserError
 from spec_stream.hf import checkpoint, layout
+from spec_stream.hf.writing import (
+  DTYPES,
+  check,
+  whole,
+  write_json,
+  write_tensors,
+  write_text,
+)
 from spec_stream.models.config import ModelConfig
 from spec_stream.models.lora import Linear
 from spec_stream.models.transformer import Transformer
 
-DTYPES = {
-  "float32": "F32",
-  "bfloat16": "BF16",
-  "float16": "F16",
-}  # names in a safetensors file
 GB = 10**9
 
 
@@ -74,19 +71,21 @@ def merge(
   config = _exported(run.model.config, dtype)
   if shard_bytes <= 0:
     raise UserError("--shard_gb must be above 0")
-  model_type, values = checkpoint.describe(config, model_type_of(run.config))
+  model_type, values = checkpoint.describe(
+    config, card.model_type_of(run.config)
+  )
   values |= _ids(run.tokenizer, config.vocab_size)
   values |= dict.fromkeys(("dtype", "torch_dtype"), config.param_dtype)
   notes = [card.ATTENDS] if config.streams.attends else []
   use = card.merged_use(config, isinstance(run.tokenizer, Tokenizer))
-  text = card.card(run, _name(out), workdir, use, notes)
+  text = card.card(run, out, workdir, use, notes)
   with whole(out) as part:
     table = checkpoint.BY_TYPE[model_type].TABLE
     _write_weights(part, run.model, config, table, shard_bytes)
     _write_streams(part, run.model, config)
     if run.tokenizer is not None:
       _write_tokenizer(part, run.tokenizer, config)
-    _write_text(part / "README.md", text)
+    write_text(part / "README.md", text)
     write_json(part / "config.json", values)
   return notes
 
@@ -123,86 +122,11 @@ def streams(run: Run, out, *, workdir=None) -> list[str]:
     "    python launch/generate.py --checkpoint=THAT_DIRECTORY --prompt=...\n\n"
     "`transformers` ignores them."
   )
-  text = card.card(run, _name(out), workdir, use)
+  text = card.card(run, out, workdir, use)
   with whole(out) as part:
     _write_streams(part, run.model, config)
-    _write_text(part / "README.md", text)
+    write_text(part / "README.md", text)
   return []
-
-
-def adapters(run: Run, out, *, workdir=None) -> list[str]:
-  """Writes the LoRA adapters as PEFT does, into the new directory `out`.
-
-  Args, Returns: as `merge`.
-
-  Raises:
-    UserError: `out` exists, there are no adapters, or PEFT would make another
-      model of them.
-  """
-  check(out)
-  config, added = run.model.config, run.model.config.streams
-  if not added.lora_rank:
-    raise UserError(
-      "this run has no LoRA adapters (model.streams.lora_rank=0): export it "
-      "with --what=merged"
-    )
-  if added.mode == "lossless":
-    raise UserError(
-      "the adapters of lossless mode act on streams alone, but PEFT would "
-      "apply them to the main stream, which would be another model: use "
-      "--what=streams, or --what=merged"
-    )
-  if added.attends:
-    raise UserError(
-      "PEFT would make another model of these adapters: " + card.ATTENDS + "; "
-      "use --what=merged, or train with "
-      "model.streams.main_attends_streams=False"
-    )
-  train = run.config.get("train", {})
-  if train.get("trainable") != "adapters":
-    raise UserError(
-      "this run trained its base as well (train.trainable=all), which adapters "
-      "do not hold: use --what=merged"
-    )
-  if not checkpoint.is_checkpoint(train.get("init_from", "")):
-    raise UserError(
-      "adapters belong to a Hugging Face directory, but this run began with "
-      f"{train.get('init_from') or 'nothing'}: use --what=merged"
-    )
-  model_type, _ = checkpoint.describe(config, model_type_of(run.config))
-  table = checkpoint.BY_TYPE[model_type].TABLE
-  shapes, values = _peft_tensors(run.model, config, table)
-  modules = [name.removesuffix(".weight") for name in _adapted(config, table)]
-  settings = {
-    "peft_type": "LORA",
-    "task_type": "CAUSAL_LM",
-    "base_model_name_or_path": card.base_name(run.config),
-    "r": added.lora_rank,
-    "lora_alpha": added.lora_alpha,
-    "lora_dropout": 0.0,
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "inference_mode": True,
-    "target_modules": modules,
-  }
-  use = (
-    "    model = AutoModelForCausalLM.from_pretrained(BASE)\n"
-    "    model = PeftModel.from_pretrained(model, THIS_DIRECTORY)\n\n"
-    f"BASE is {card.base_name(run.config) or 'what the run began with'}."
-  )
-  text = card.card(run, _name(out), workdir, use)
-  with whole(out) as part:
-    write_tensors(part / "adapter_model.safetensors", shapes, values)
-    _write_text(part / "README.md", text)
-    write_json(part / "adapter_config.json", settings)
-  return []
-
-
-WHAT = {"merged": merge, "streams": streams, "adapters": adapters}
-
-
-def _name(out) -> str:
-  return pathlib.Path(out).resolve().name
 
 
 def _exported(config: ModelConfig, dtype: str) -> ModelConfig:
@@ -218,83 +142,7 @@ def _exported(config: ModelConfig, dtype: str) -> ModelConfig:
   return dataclasses.replace(config, param_dtype=dtype, streams=streams)
 
 
-def model_type_of(config: dict) -> str:
-  """model_type of the checkpoint that a run began with, if through other runs;
-  "" without one, or if it is no longer there."""
-  seen = set()
-  while True:
-    start = config.get("train", {}).get("init_from", "")
-    if not start or start in seen:
-      return ""
-    seen.add(start)
-    try:
-      config = checkpoint.read_json(pathlib.Path(start) / "config.json")
-    except UserError:
-      return ""
-    if "model_type" in config:
-      return config["model_type"]
-
-
-# -- the directory -----------------------------------------------------------
-
-
-def check(out):
-  """Raises: UserError if there is something at `out`."""
-  if os.path.lexists(out):
-    raise UserError(f"--out={out} exists: give a new directory")
-
-
-@contextlib.contextmanager
-def whole(out) -> Iterator[pathlib.Path]:
-  """A directory to write into, which becomes `out` if nothing is raised."""
-  check(out)
-  out = pathlib.Path(out).absolute()
-  part = out.with_name(f"{out.name}.part-{os.getpid()}")
-  try:
-    part.mkdir(parents=True)
-    yield part
-    part.rename(out)
-  finally:
-    shutil.rmtree(part, ignore_errors=True)
-
-
-def write_json(path: pathlib.Path, values: dict):
-  _write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-
-
-def _write_text(path: pathlib.Path, text: str):
-  path.write_text(text, encoding="utf-8")
-
-
 # -- weights -----------------------------------------------------------------
-
-
-def write_tensors(
-  path: pathlib.Path,
-  shapes: Mapping[str, jax.ShapeDtypeStruct],
-  values: Iterable[np.ndarray],
-):
-  """A safetensors file: 8 bytes of length, a JSON header, then all numbers.
-
-  The library wants all tensors at once; here the next is made when the last is
-  on disk. shapes: by name; values: in that order, cast to their dtypes.
-  """
-  header, at = {"__metadata__": {"format": "pt"}}, 0
-  for name, x in shapes.items():
-    end = at + math.prod(x.shape) * np.dtype(x.dtype).itemsize
-    kind = DTYPES[str(x.dtype)]
-    offsets = [at, end]
-    header[name] = dict(dtype=kind, shape=list(x.shape), data_offsets=offsets)
-    at = end
-  text = json.dumps(header).encode()
-  text += b" " * (-len(text) % 8)  # numbers begin where they are aligned
-  with path.open("wb") as file:
-    file.write(len(text).to_bytes(8, "little") + text)
-    for (name, x), value in zip(shapes.items(), values, strict=True):
-      if value.shape != x.shape:
-        raise ValueError(f"{name} is {value.shape}, not {x.shape}")
-      value = np.ascontiguousarray(value.astype(x.dtype, copy=False))
-      file.write(value.reshape(-1).view(np.uint8).data)
 
 
 def leaf(model: Transformer, path: str) -> np.ndarray:
@@ -356,43 +204,6 @@ def _write_streams(part, model, config: ModelConfig):
   write_tensors(part / "streams.safetensors", shapes, values)
   streams = dataclasses.asdict(config.streams)
   write_json(part / "streams.json", {"format": 1, "streams": streams})
-
-
-# -- adapters ----------------------------------------------------------------
-
-
-def _adapted(config: ModelConfig, table) -> dict[str, tuple[str, int]]:
-  """Tensor of each adapted projection -> (its kernel's path here, its place
-  among the projections side by side in that kernel)."""
-  found = {}
-  for path in weights.shapes(config):
-    if path.endswith("/lora_a"):
-      kernel = path.removesuffix("lora_a") + "kernel"
-      row, layer = checkpoint.entry(table, kernel)
-      for i, name in enumerate(row.names(layer)):
-        found[name] = (kernel, i)
-  return found
-
-
-def _peft_tensors(model: Transformer, config: ModelConfig, table):
-  """-> (shapes by PEFT's names, the arrays in that order).
-
-  PEFT has a pair for each projection: lora_A [rank, in], lora_B [out, rank].
-  Here projections side by side share A, and B is laid out as their kernel is.
-  """
-  arrays = {}
-  for name, (kernel, i) in _adapted(config, table).items():
-    row, _ = checkpoint.entry(table, kernel)
-    b_path = kernel.removesuffix("kernel") + "lora_b"
-    a = leaf(model, kernel.removesuffix("kernel") + "lora_a")
-    b = layout.unpack(row, config, b_path, leaf(model, b_path))[i]
-    module = "base_model.model." + name.removesuffix(".weight")
-    arrays[f"{module}.lora_A.weight"] = a.reshape(-1, a.shape[-1]).T
-    arrays[f"{module}.lora_B.weight"] = b
-  shapes = {
-    name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()
-  }
-  return shapes, arrays.values()
 
 
 # -- tokenizer ---------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 from test_launch import call_all, one_line, write_run
 from tiny import DATA, MODEL, make_model, pairs
 
-from spec_stream import checkpoints, export, weights
+from spec_stream import checkpoints, export, peft, weights
 from spec_stream.data.tokenizer import Tokenizer
 from spec_stream.decode import generate
 from spec_stream.drafters.streams import StreamDraft
@@ -107,11 +107,11 @@ def test_what_cannot_be_exported(tmp_path):
   for write, run, says in (
     (export.streams, lora, "only lossless mode leaves the base as it was"),
     (export.streams, bare, "only lossless mode"),
-    (export.adapters, bare, "has no LoRA adapters"),
-    (export.adapters, make_run(PLAIN), "trained its base as well"),
-    (export.adapters, frozen, "this run began with nothing"),
-    (export.adapters, lora, "PEFT would make another model .*eq. 1"),
-    (export.adapters, make_run(LOSSLESS), "act on streams alone"),
+    (peft.write, bare, "has no LoRA adapters"),
+    (peft.write, make_run(PLAIN), "trained its base as well"),
+    (peft.write, frozen, "this run began with nothing"),
+    (peft.write, lora, "PEFT would make another model .*eq. 1"),
+    (peft.write, make_run(LOSSLESS), "act on streams alone"),
     (export.merge, odd, "no Hugging Face family has this model"),
   ):
     with pytest.raises(UserError, match=says) as error:

@@ -10,6 +10,7 @@ from test_hf_parity import STREAMS, close, logits, with_random_streams
 from tiny import make_model
 
 from spec_stream import checkpoints, export, weights
+from spec_stream import peft as peft_format
 from spec_stream.data.tokenizer import Tokenizer
 from spec_stream.hf import checkpoint
 from spec_stream.models.config import StreamConfig, to_dict
@@ -89,7 +90,7 @@ def test_adapters_are_folded_in_or_written_for_peft(name, tmp_path):
   found = hf_models.logits(torch_model(tmp_path / "merged"), TOKENS)
   assert close(found, want)
   peft = pytest.importorskip("peft")
-  export.adapters(run, tmp_path / "adapters")
+  peft_format.write(run, tmp_path / "adapters")
   tuned = peft.PeftModel.from_pretrained(
     torch_model(path), tmp_path / "adapters"
   )
@@ -106,7 +107,7 @@ def test_next_token_adapters_are_a_plain_lora(tmp_path):
   )
   config = checkpoint.read_config(path, streams=streams)
   run = as_run(with_random_adapters(path, config), path)
-  export.adapters(run, tmp_path / "out")
+  peft_format.write(run, tmp_path / "out")
   tuned = peft.PeftModel.from_pretrained(theirs, tmp_path / "out").eval()
   assert close(hf_models.logits(tuned, TOKENS), logits(run.model, TOKENS))
   export.merge(run, tmp_path / "merged")
