@@ -19,7 +19,7 @@ import numpy as np
 
 from spec_stream import sampling, ties
 from spec_stream.bench import NOISE, Measured, Settings
-from spec_stream.decode import Generation
+from spec_stream.decode import Generation, tokens_per_call
 from spec_stream.drafters.base import Drafter
 from spec_stream.drafters.streams import StreamDraft
 from spec_stream.models.lora import LoRAParam
@@ -119,7 +119,7 @@ def _counts(result: Measured) -> dict:
     "prompts": len(generations),
     "tokens": tokens,
     "target_calls": calls,
-    "tokens_per_call": tokens / calls,
+    "tokens_per_call": tokens_per_call(generations),
     "tokens_per_call_by_position": tokens_per_call_by_position(generations),
     "accept_by_depth": accept_by_depth(generations),
   }

@@ -16,6 +16,7 @@ from typing import Any
 from spec_stream import checkpoints, evaluate, metrics, results, text_table
 from spec_stream.bench_rows import extra_params
 from spec_stream.checkpoints import Run
+from spec_stream.decode import tokens_per_call
 from spec_stream.drafters.none import NoDraft
 from spec_stream.drafters.streams import StreamDraft
 from spec_stream.errors import UserError
@@ -184,7 +185,6 @@ def row(
     measured = speed(entry, about, resolved)
   same = [a.token_ids == b.token_ids for a, b in zip(plain, drafted)]
   texts = [run.tokenizer.decode(g.token_ids) for g in plain]
-  calls = sum(g.target_calls for g in drafted)
   return {
     "name": entry.directory,
     "trained": trained(entry, run),
@@ -193,7 +193,7 @@ def row(
     "num_streams": streams.num_streams,
     "steps": run.step,
     **evaluate.score(dataset, texts, [p.references for p in prompts]),
-    "tokens_per_call": sum(len(g.token_ids) for g in drafted) / calls,
+    "tokens_per_call": tokens_per_call(drafted),
     "drafter": resolved.name if resolved else "none",
     "tree": resolved.tree.kind if resolved else None,
     "tree_nodes": resolved.num_nodes if resolved else 1,

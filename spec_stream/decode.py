@@ -176,6 +176,12 @@ class Generation:
     return len(self.token_ids) / self.target_calls
 
 
+def tokens_per_call(generations: Sequence[Generation]) -> float:
+  """Of all together: tokens over calls of the target, prefills included."""
+  calls = sum(g.target_calls for g in generations)
+  return sum(len(g.token_ids) for g in generations) / calls
+
+
 def collect(state: DecodeState) -> list[Generation]:
   """The outputs of a finished state, on the host."""
   state = jax.device_get(

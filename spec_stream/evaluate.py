@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from spec_stream import sql
 from spec_stream.checkpoints import Run
-from spec_stream.decode import Decoder, Generation, collect
+from spec_stream.decode import Decoder, Generation, collect, tokens_per_call
 from spec_stream.drafters.base import Drafter
 from spec_stream.errors import UserError
 from spec_stream.models.transformer import Transformer
@@ -139,12 +139,11 @@ def quality(
   ids = [p.token_ids for p in prompts]
   made = decode_all(run.model, ids, drafter, end_token=ends, **settings)
   outputs = [run.tokenizer.decode(g.token_ids) for g in made]
-  calls = sum(g.target_calls for g in made)
   return outputs, {
     **score(dataset, outputs, [p.references for p in prompts]),
     "prompts": len(prompts),
     "cut": sum(g.token_ids[-1] not in ends for g in made),
-    "tokens_per_call": sum(len(g.token_ids) for g in made) / calls,
+    "tokens_per_call": tokens_per_call(made),
     "references": "best of several, per score",
   }
 

@@ -33,7 +33,7 @@ print(json.dumps([peak() - before, placed]))
 
 
 def write(directory: pathlib.Path, width, layers, ffw, shards):
-  """A Llama of random bfloat16-sized weights, in shards of like size."""
+  """A Llama whose weights are ones in float32, in shards of like size."""
   directory.mkdir()
   config = dict(
     model_type="llama", vocab_size=512, hidden_size=width,

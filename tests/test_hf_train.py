@@ -177,6 +177,22 @@ def test_an_exported_run_goes_on_with_its_streams(source, run, tmp_path):
   assert set(found) == set(checkpoint.base_shapes(other))  # the rest is fresh
 
 
+def test_adapters_on_few_bits_are_not_dropped(monkeypatch):
+  """They cannot be folded in, so another run of other streams may not begin."""
+  pytest.importorskip("qwix")
+  streams = StreamConfig(2, 1, lora_rank=2, prune_rank=0)
+  config = dataclasses.replace(tiny.MODEL, quantize="int8", streams=streams)
+  values = jax.jit(lambda: weights.init(config, 0))()
+  found = checkpoints.Run(weights.to_model(config, values), None, {}, 1)
+  monkeypatch.setattr(checkpoints, "load_run", lambda *_, **__: found)
+  other = dataclasses.replace(streams, num_streams=1)
+  other = dataclasses.replace(config, streams=other)
+  with pytest.raises(UserError, match="cannot be folded into it"):
+    fit.load_base("run", other)
+  kept = fit.load_base("run", config)
+  assert any(path.endswith("lora_a") for path in kept)
+
+
 def test_small_dtypes_are_for_a_frozen_base(source, tmp_path):
   every = dataclasses.replace(TRAIN, trainable="all")
   for dtype in ("bfloat16", "float16"):

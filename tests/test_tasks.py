@@ -374,6 +374,27 @@ def test_questions_are_read_as_they_stand(tmp_path, name):
   assert [q.question_id for q in found] == ["81", "82"]
 
 
+def test_another_process_may_prepare_the_data_first(tmp_path, monkeypatch):
+  for split in builder.SPLITS:
+    write(tmp_path / "in" / f"{split}.jsonl", [{"text": "one"}])
+  prepare = builder.PairsBuilder.download_and_prepare
+
+  def late(self):
+    prepare(self)  # as the other one does
+    raise FileExistsError(17, "Cannot rename")
+
+  monkeypatch.setattr(builder.PairsBuilder, "download_and_prepare", late)
+  pairs = pipeline.examples(config("text_corpus", tmp_path), "test")
+  assert pairs == (("", "one"),)
+
+  def full(self):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(builder.PairsBuilder, "download_and_prepare", full)
+  with pytest.raises(OSError, match="No space"):
+    source.builder("text_corpus", str(tmp_path / "b"), str(tmp_path / "in"))
+
+
 def test_an_unknown_split_is_named(tmp_path):
   for split in builder.SPLITS:
     write(tmp_path / "in" / f"{split}.jsonl", [{"text": "one"}])
