@@ -27,14 +27,16 @@ def main(argv):
   from spec_stream import sharding, weights
   from spec_stream.checkpoints import check_vocabulary
   from spec_stream.data.pipeline import DataConfig
-  from spec_stream.hf import checkpoint as hf
+  from spec_stream.hf import config as hf_config
   from spec_stream.train.config import TrainConfig, resolve
   from spec_stream.train.fit import fit, prepare_tokenizer
 
   config, workdir = _CONFIG.value, _WORKDIR.value
   data = DataConfig(**config.data)
   train = TrainConfig(**config.train)
-  model, checkpoint = hf.configure(config.model.to_dict(), data.vocab_size)
+  model, checkpoint = hf_config.configure(
+    config.model.to_dict(), data.vocab_size
+  )
   if checkpoint:
     if train.init_from:
       raise common.UserError(

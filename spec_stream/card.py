@@ -11,7 +11,7 @@ import pathlib
 from spec_stream import evaluate, metrics, results, text_table, weights
 from spec_stream.checkpoints import Run
 from spec_stream.errors import UserError
-from spec_stream.hf import checkpoint
+from spec_stream.hf import config as hf_config
 from spec_stream.models.config import ModelConfig
 from spec_stream.models.transformer import num_params
 
@@ -80,7 +80,7 @@ def model_type_of(config: dict) -> str:
       return ""
     seen.add(start)
     try:
-      config = checkpoint.read_json(pathlib.Path(start) / "config.json")
+      config = hf_config.read_json(pathlib.Path(start) / "config.json")
     except UserError:
       return ""
     if "model_type" in config:

@@ -138,12 +138,12 @@ def read_hf_tokenizer(directory):
   """The tokenizer of a Hugging Face directory: its own, or this project's if
   the directory was exported with that. Raises: UserError."""
   from spec_stream.data.tokenizer import Tokenizer
-  from spec_stream.hf import checkpoint as hf
+  from spec_stream.hf import config as hf_config
   from spec_stream.hf import tokenizer as hf_tokenizer
 
   settings = pathlib.Path(directory) / "tokenizer_config.json"
   if settings.is_file():
-    if OWN_TOKENIZER.items() <= hf.read_json(settings).items():
+    if OWN_TOKENIZER.items() <= hf_config.read_json(settings).items():
       return Tokenizer.load(str(settings.with_name("tokenizer.json")))
   return hf_tokenizer.load(directory)
 
@@ -327,13 +327,14 @@ def load_checkpoint(
   tokenizer: bool = True,
   mesh: Mesh | None = None,
 ) -> Run:
-  """A Hugging Face directory as a run: see `hf.checkpoint.read_config`.
+  """A Hugging Face directory as a run: see `hf.config.read_config`.
 
   tokenizer: whether to read it; without it, it is None.
   """
   from spec_stream.hf import checkpoint as hf
+  from spec_stream.hf import config as hf_config
 
-  model = hf.read_config(
+  model = hf_config.read_config(
     directory, dtype=dtype, param_dtype=dtype, max_positions=max_positions
   )
   words = None

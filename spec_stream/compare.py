@@ -20,7 +20,7 @@ from spec_stream.decode import tokens_per_call
 from spec_stream.drafters.none import NoDraft
 from spec_stream.drafters.streams import StreamDraft
 from spec_stream.errors import UserError
-from spec_stream.hf import checkpoint as hf
+from spec_stream.hf import config as hf_config
 from spec_stream.task import Prompt, device_words
 
 # What decides which examples a step sees, and how many.
@@ -69,7 +69,7 @@ def find(directories: Sequence[str]) -> list[Entry]:
   """
   entries = []
   for directory in directories:
-    if hf.is_checkpoint(directory):
+    if hf_config.is_checkpoint(directory):
       config, words = {}, checkpoints.read_hf_tokenizer(directory)
     else:
       config = checkpoints.read_config(directory)
@@ -102,19 +102,17 @@ def differences(entries: Sequence[Entry]) -> list[str]:
     for entry in entries
     if not entry.is_checkpoint and not _keeps_its_base(entry)
   ]
-  began = {id(entry): _began_with(entry, entries) for entry in trained}
   pairs = [
     (a, b)
     for a, b in itertools.combinations(trained, 2)
-    if id(a) not in began[id(b)] and id(b) not in began[id(a)]
+    if a not in _began_with(b, entries) and b not in _began_with(a, entries)
   ]
-  model = lambda e, name: e.config["model"].get(name)
   names = sorted({n for e in trained for n in e.config["model"]} - {*_FREE})
   said = []
   for name, value in [
     ("steps", lambda e: e.without_weights.step),
     *[(f"data.{n}", lambda e, n=n: _seen(e, n)) for n in _SEEN],
-    *[(f"model.{n}", lambda e, n=n: model(e, n)) for n in names],
+    *[(f"model.{n}", lambda e, n=n: e.config["model"].get(n)) for n in names],
   ]:
     unlike = [pair for pair in pairs if value(pair[0]) != value(pair[1])]
     if unlike:
@@ -129,15 +127,15 @@ def _keeps_its_base(entry: Entry) -> bool:
   return streams.get("mode") == "lossless" and bool(streams.get("num_streams"))
 
 
-def _began_with(entry: Entry, entries: Sequence[Entry]) -> set[int]:
-  """ids of the entries that a run began with, directly or through others."""
+def _began_with(entry: Entry, entries: Sequence[Entry]) -> list[Entry]:
+  """The entries that a run began with, directly or through others."""
   by_name = {os.path.realpath(e.directory): e for e in entries}
-  found = set()
+  found = []
   while start := _train(entry).get("init_from"):
     entry = by_name.get(os.path.realpath(start))
-    if entry is None or id(entry) in found:
+    if entry is None or entry in found:
       break
-    found.add(id(entry))
+    found.append(entry)
   return found
 
 

@@ -28,6 +28,8 @@ from spec_stream.checkpoints import Run
 from spec_stream.data.tokenizer import SPECIALS, Tokenizer
 from spec_stream.errors import UserError
 from spec_stream.hf import checkpoint, layout
+from spec_stream.hf import config as hf_config
+from spec_stream.hf.families import BY_TYPE
 from spec_stream.hf.writing import (
   DTYPES,
   check,
@@ -71,7 +73,7 @@ def merge(
   config = _exported(run.model.config, dtype)
   if shard_bytes <= 0:
     raise UserError("--shard_gb must be above 0")
-  model_type, values = checkpoint.describe(
+  model_type, values = hf_config.describe(
     config, card.model_type_of(run.config)
   )
   values |= _ids(run.tokenizer, config.vocab_size)
@@ -80,7 +82,7 @@ def merge(
   use = card.merged_use(config, isinstance(run.tokenizer, Tokenizer))
   text = card.card(run, out, workdir, use, notes)
   with whole(out) as part:
-    table = checkpoint.BY_TYPE[model_type].TABLE
+    table = BY_TYPE[model_type].TABLE
     _write_weights(part, run.model, config, table, shard_bytes)
     _write_streams(part, run.model, config)
     if run.tokenizer is not None:
@@ -138,7 +140,7 @@ def _exported(config: ModelConfig, dtype: str) -> ModelConfig:
   if streams.mode == "shared":
     streams = dataclasses.replace(streams, lora_rank=0)
   if not streams.num_streams:
-    streams = checkpoint.NO_STREAMS
+    streams = hf_config.NO_STREAMS
   return dataclasses.replace(config, param_dtype=dtype, streams=streams)
 
 

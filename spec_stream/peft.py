@@ -11,6 +11,8 @@ from spec_stream import card, weights
 from spec_stream.checkpoints import Run
 from spec_stream.errors import UserError
 from spec_stream.hf import checkpoint, layout
+from spec_stream.hf import config as hf_config
+from spec_stream.hf.families import BY_TYPE
 from spec_stream.hf.writing import (
   check,
   whole,
@@ -56,13 +58,13 @@ def write(run: Run, out, *, workdir=None) -> list[str]:
       "this run trained its base as well (train.trainable=all), which adapters "
       "do not hold: use --what=merged"
     )
-  if not checkpoint.is_checkpoint(train.get("init_from", "")):
+  if not hf_config.is_checkpoint(train.get("init_from", "")):
     raise UserError(
       "adapters belong to a Hugging Face directory, but this run began with "
       f"{train.get('init_from') or 'nothing'}: use --what=merged"
     )
-  model_type, _ = checkpoint.describe(config, card.model_type_of(run.config))
-  table = checkpoint.BY_TYPE[model_type].TABLE
+  model_type, _ = hf_config.describe(config, card.model_type_of(run.config))
+  table = BY_TYPE[model_type].TABLE
   adapted = _adapted(config, table)
   arrays = _tensors(run.model, table, adapted)
   shapes = {

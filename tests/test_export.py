@@ -19,6 +19,7 @@ from spec_stream.decode import generate
 from spec_stream.drafters.streams import StreamDraft
 from spec_stream.errors import UserError
 from spec_stream.hf import checkpoint
+from spec_stream.hf import config as hf_config
 from spec_stream.models.config import StreamConfig, to_dict
 
 TEXTS = [text for pair in pairs() for text in pair]
@@ -84,7 +85,7 @@ def test_bfloat16_weights_are_exported_as_they_are(tmp_path):
 
 def test_streams_alone_go_beside_the_base(tmp_path):
   run = make_run(LOSSLESS)
-  base = dataclasses.replace(run.model.config, streams=checkpoint.NO_STREAMS)
+  base = dataclasses.replace(run.model.config, streams=hf_config.NO_STREAMS)
   shapes = checkpoint.base_shapes(run.model.config)
   plain = weights.to_model(base, {p: values(run)[p] for p in shapes})
   plain = dataclasses.replace(run, model=plain)

@@ -11,7 +11,8 @@ import pytest
 
 from spec_stream.errors import UserError
 from spec_stream.hf import checkpoint
-from spec_stream.models.config import StreamConfig
+from spec_stream.hf import config as hf_config
+from spec_stream.models.config import ModelConfig, StreamConfig
 
 _LLAMA3 = {
   "factor": 8.0,
@@ -174,7 +175,7 @@ PUBLISHED = {
 
 def read(tmp_path, values, **settings):
   (tmp_path / "config.json").write_text(json.dumps(values))
-  return checkpoint.read_config(tmp_path, **settings)
+  return hf_config.read_config(tmp_path, **settings)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -190,7 +191,7 @@ def test_the_number_of_weights_is_the_published_one(name, tmp_path):
   streams = read(tmp_path, values, streams=StreamConfig(lora_rank=32))
   assert checkpoint.base_shapes(streams) == found
   # What we write means the same model, in the same family.
-  model_type, written = checkpoint.describe(config, prefer=values["model_type"])
+  model_type, written = hf_config.describe(config, prefer=values["model_type"])
   assert model_type == values["model_type"]
   again = read(tmp_path, {**written, "torch_dtype": "bfloat16"})
   assert again == config
@@ -269,11 +270,11 @@ def test_streams_may_be_as_deep_as_the_model(tmp_path):
   streams = dataclasses.asdict(StreamConfig(num_stream_layers=16))
   open_ = dict(max_positions=0, dtype="", param_dtype="", quantize="")
   settings = dict(checkpoint=str(tmp_path), streams=streams, **open_)
-  config, _ = checkpoint.configure(settings, 1024)
+  config, _ = hf_config.configure(settings, 1024)
   assert config.insertion_layer == 16
   streams["num_stream_layers"] = 33
   with pytest.raises(UserError, match="is above model.num_layers=32"):
-    checkpoint.configure(settings, 1024)
+    hf_config.configure(settings, 1024)
 
 
 def test_float16_weights_stay_and_are_computed_in_float32(tmp_path):
@@ -285,8 +286,8 @@ def test_float16_weights_stay_and_are_computed_in_float32(tmp_path):
 
 
 def test_a_model_of_no_family_cannot_be_described():
-  config = checkpoint.ModelConfig(norm="layer", streams=checkpoint.NO_STREAMS)
+  config = ModelConfig(norm="layer", streams=hf_config.NO_STREAMS)
   with pytest.raises(UserError, match="no Hugging Face family .* model.norm"):
-    checkpoint.describe(config)
+    hf_config.describe(config)
   kept = dataclasses.replace(config, norm="rms")
-  assert checkpoint.describe(kept)[0] == "llama"
+  assert hf_config.describe(kept)[0] == "llama"

@@ -13,7 +13,8 @@ from spec_stream import checkpoints, export, weights
 from spec_stream import peft as peft_format
 from spec_stream.data.tokenizer import Tokenizer
 from spec_stream.hf import checkpoint
-from spec_stream.models.config import StreamConfig, to_dict
+from spec_stream.hf import config as hf_config
+from spec_stream.models.config import ModelConfig, StreamConfig, to_dict
 
 pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -72,7 +73,7 @@ def test_an_exported_checkpoint_is_the_same_model(source, tmp_path):
   back, before = weights_of(tmp_path / "out"), weights.to_weights(model)
   assert back.keys() == before.keys()
   assert all(np.array_equal(back[p], x) for p, x in before.items())
-  config = checkpoint.read_config(tmp_path / "out")
+  config = hf_config.read_config(tmp_path / "out")
   assert config == model.config
 
 
@@ -81,7 +82,7 @@ def test_adapters_are_folded_in_or_written_for_peft(name, tmp_path):
   """Shared mode, main stream = base + LoRA, each layout of projections."""
   path = tmp_path / "base"
   theirs = hf_models.make(name, path)
-  config = checkpoint.read_config(path, streams=SHARED)
+  config = hf_config.read_config(path, streams=SHARED)
   run = as_run(with_random_adapters(path, config), path)
   want = logits(run.model, TOKENS)
   base = hf_models.logits(theirs, TOKENS)
@@ -105,7 +106,7 @@ def test_next_token_adapters_are_a_plain_lora(tmp_path):
   streams = dataclasses.replace(
     SHARED, num_streams=0, main_attends_streams=True, lora_layers="all"
   )
-  config = checkpoint.read_config(path, streams=streams)
+  config = hf_config.read_config(path, streams=streams)
   run = as_run(with_random_adapters(path, config), path)
   peft_format.write(run, tmp_path / "out")
   tuned = peft.PeftModel.from_pretrained(theirs, tmp_path / "out").eval()
@@ -117,7 +118,7 @@ def test_next_token_adapters_are_a_plain_lora(tmp_path):
 def test_a_model_from_scratch_and_its_tokenizer(tmp_path):
   """No checkpoint was ever there: it becomes a Llama."""
   config = dataclasses.replace(
-    checkpoint.ModelConfig(),
+    ModelConfig(),
     vocab_size=280, width=32, num_layers=3, head_dim=8, ffw_dim=48,
     max_positions=128, streams=dataclasses.replace(STREAMS, lora_rank=2),
   )  # fmt: skip

@@ -19,6 +19,7 @@ from spec_stream.decode import generate
 from spec_stream.drafters.none import NoDraft
 from spec_stream.drafters.streams import StreamDraft
 from spec_stream.hf import checkpoint
+from spec_stream.hf import config as hf_config
 from spec_stream.models.config import StreamConfig
 from spec_stream.models.transformer import causal_mask, forward
 from spec_stream.tree import TreeSpec
@@ -75,7 +76,7 @@ def prompts(count=8):
 def with_random_streams(path):
   """The checkpoint with streams whose weights are random, not fresh: fresh
   adapters do nothing."""
-  config = checkpoint.read_config(path, streams=STREAMS)
+  config = hf_config.read_config(path, streams=STREAMS)
   values = weights.to_weights(checkpoint.load(path, config))
   rng = np.random.default_rng(0)
   for name in sorted(weights.paths(config, *weights.ADAPTERS)):
@@ -106,7 +107,7 @@ def test_logits_and_tokens_are_those_of_transformers(made):
 
 def test_short_factors_serve_models_of_few_positions(tmp_path):
   torch_model = hf_models.make("phi3", tmp_path)
-  few = checkpoint.read_config(tmp_path, max_positions=24)
+  few = hf_config.read_config(tmp_path, max_positions=24)
   tokens = np.random.default_rng(0).integers(3, VOCAB, (2, 24))
   want = hf_models.logits(torch_model, tokens)
   assert close(logits(checkpoint.load(tmp_path, few), tokens), want)
@@ -118,12 +119,12 @@ def test_keys_of_version_4_mean_the_same(name, tmp_path):
   """Our own config.json has the older keys: both ways give one model."""
   model_type, _ = CASES[name]
   torch_model = hf_models.make(name, tmp_path)
-  config = checkpoint.read_config(tmp_path)
-  found, values = checkpoint.describe(config, prefer=model_type)
+  config = hf_config.read_config(tmp_path)
+  found, values = hf_config.describe(config, prefer=model_type)
   assert found == model_type and "rope_parameters" not in values
   values |= dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
   (tmp_path / "config.json").write_text(json.dumps(values))
-  assert checkpoint.read_config(tmp_path) == config
+  assert hf_config.read_config(tmp_path) == config
   from transformers import AutoModelForCausalLM
 
   again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
@@ -137,15 +138,13 @@ def test_bfloat16_weights_stay_as_they_are(tmp_path):
 
   model = hf_models.make("llama", tmp_path)
   model.to(torch.bfloat16).save_pretrained(tmp_path)
-  config = checkpoint.read_config(tmp_path)
+  config = hf_config.read_config(tmp_path)
   assert config.dtype == config.param_dtype == "bfloat16"
   ours = weights.to_weights(checkpoint.load(tmp_path, config))
   table = model.get_input_embeddings().weight.detach().float().numpy()
   assert ours["embed/table"].dtype == jnp.bfloat16
   assert np.array_equal(np.asarray(ours["embed/table"], np.float32), table)
-  wide = checkpoint.read_config(
-    tmp_path, dtype="float32", param_dtype="float32"
-  )
+  wide = hf_config.read_config(tmp_path, dtype="float32", param_dtype="float32")
   tokens = np.random.default_rng(1).integers(3, VOCAB, (2, 40))
   model = type(model).from_pretrained(tmp_path, dtype=torch.float32).eval()
   want = hf_models.logits(model, tokens)
@@ -154,6 +153,6 @@ def test_bfloat16_weights_stay_as_they_are(tmp_path):
 
 def test_streams_do_not_change_the_shape_of_the_base(tmp_path):
   hf_models.make("gemma2", tmp_path)
-  config = checkpoint.read_config(tmp_path, streams=STREAMS)
-  plain = dataclasses.replace(config, streams=checkpoint.NO_STREAMS)
+  config = hf_config.read_config(tmp_path, streams=STREAMS)
+  plain = dataclasses.replace(config, streams=hf_config.NO_STREAMS)
   assert checkpoint.base_shapes(config) == checkpoint.base_shapes(plain)

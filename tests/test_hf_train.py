@@ -18,6 +18,7 @@ from spec_stream.drafters.none import NoDraft
 from spec_stream.drafters.streams import StreamDraft
 from spec_stream.errors import UserError
 from spec_stream.hf import checkpoint
+from spec_stream.hf import config as hf_config
 from spec_stream.models import quant
 from spec_stream.models.config import StreamConfig
 from spec_stream.train import fit
@@ -64,7 +65,7 @@ def train(workdir, source, train=TRAIN, **settings):
   """What launch/train.py does with model.checkpoint."""
   data = DataConfig(**tiny.DATA)
   train = dataclasses.replace(train, init_from=str(source))
-  model = checkpoint.read_config(source, streams=STREAMS, **settings)
+  model = hf_config.read_config(source, streams=STREAMS, **settings)
   model = resolve(model, train)
   tokenizer = fit.prepare_tokenizer(workdir, data, train)
   mesh = sharding.make_mesh(data=1, fsdp=-1)
@@ -147,7 +148,7 @@ def test_a_quantised_base(source, tmp_path, monkeypatch, kind):
   )
   assert plain == fast
   with pytest.raises(UserError, match=f"a base in {kind}"):
-    checkpoint.describe(model.config)
+    hf_config.describe(model.config)
   found = checkpoints.load_run(workdir)
   with pytest.raises(UserError, match=f"belong to a base in {kind}"):
     export.streams(found, tmp_path / "streams")
@@ -198,7 +199,7 @@ def test_small_dtypes_are_for_a_frozen_base(source, tmp_path):
   for dtype in ("bfloat16", "float16"):
     with pytest.raises(UserError, match=f"weights in {dtype} would lose"):
       streams = dataclasses.replace(STREAMS, mode="shared")
-      config = checkpoint.read_config(
+      config = hf_config.read_config(
         source[0], streams=streams, param_dtype=dtype
       )
       resolve(config, every)
@@ -249,7 +250,7 @@ def test_a_fresh_base_leaves_no_older_one_behind(source, tmp_path):
   """A base that an abandoned run left must not enter another run."""
   values = weights.to_weights(checkpoint.load(source[0]))
   checkpoints.write_base(tmp_path, values)
-  config = checkpoint.read_config(source[0])
+  config = hf_config.read_config(source[0])
   assert checkpoints.read_base(tmp_path, checkpoints.abstract(config))
   checkpoints.write_base(tmp_path, {})
   assert not checkpoints.read_base(tmp_path, checkpoints.abstract(config))

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from spec_stream import checkpoints, sharding, weights
 from spec_stream.errors import UserError
-from spec_stream.hf.checkpoint import configure
+from spec_stream.hf.config import configure
 from spec_stream.models.config import ModelConfig, StreamConfig
 from spec_stream.train import state as states
 from spec_stream.train.step import make_step

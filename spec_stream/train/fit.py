@@ -17,6 +17,7 @@ from spec_stream.checkpoints import Saver
 from spec_stream.data.pipeline import DataConfig, train_iterator
 from spec_stream.errors import UserError
 from spec_stream.hf import checkpoint as hf
+from spec_stream.hf import config as hf_config
 from spec_stream.metrics import MetricWriter
 from spec_stream.models import config as model_config
 from spec_stream.models import transformer
@@ -282,7 +283,7 @@ def load_base(
 
   Raises: UserError if that run's base model is not this one's.
   """
-  if hf.is_checkpoint(workdir):
+  if hf_config.is_checkpoint(workdir):
     base = hf.read_weights(workdir, model, mesh)
     return base | hf.read_added(workdir, model, mesh)
   run = checkpoints.load_run(workdir, mesh=mesh)
@@ -330,7 +331,7 @@ def prepare_tokenizer(workdir: str, data: DataConfig, train: TrainConfig):
   from spec_stream.data.pipeline import examples
   from spec_stream.data.tokenizer import Tokenizer
 
-  if train.init_from and hf.is_checkpoint(train.init_from):
+  if train.init_from and hf_config.is_checkpoint(train.init_from):
     if checkpoints.steps(workdir):
       size = checkpoints.read_config(workdir)["model"]["vocab_size"]
       return checkpoints.read_tokenizer(workdir, size)
