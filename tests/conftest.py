@@ -1,6 +1,7 @@
 """Shared settings of the tests: the CPU, markers, and 64-bit arithmetic."""
 
 import os
+import pathlib
 
 # Before anything imports jax. `JAX_PLATFORMS=cuda pytest -m gpu` still works.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -44,6 +45,19 @@ def pytest_collection_modifyitems(config, items):
       item.add_marker(
         pytest.mark.skip(reason="no GPU: run with JAX_PLATFORMS=cuda -m gpu")
       )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_memory_maps():
+  """Lets go of compiled programs before they use up the process's maps.
+
+  Linux gives a process 65,530, each program holds hundreds, and with none left
+  the interpreter dies.
+  """
+  yield
+  maps = pathlib.Path("/proc/self/maps")
+  if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+    jax.clear_caches()
 
 
 @pytest.fixture
