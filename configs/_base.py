@@ -13,6 +13,7 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from spec_stream.data.pipeline import DataConfig
+from spec_stream.drafters import registry
 from spec_stream.models.config import ModelConfig, RopeScaling, StreamConfig
 from spec_stream.train.config import TrainConfig
 
@@ -25,6 +26,7 @@ def base() -> ConfigDict:
   model.update(checkpoint="", max_positions=0, dtype="", param_dtype="")
   model["streams"] = _fields(StreamConfig)
   model["rope_scaling"] = _fields(RopeScaling)
+  model["drafter"] = {"name": "", "options": {}}
   return ConfigDict(
     {
       "model": model,
@@ -33,6 +35,15 @@ def base() -> ConfigDict:
       "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
     }
   )
+
+
+def with_drafter(config: ConfigDict, name: str):
+  """Adds a drafter's options, to be trained beside a frozen target: that of
+  --config.train.init_from or --config.model.checkpoint."""
+  options = _fields(registry.trained(name).Options)
+  config.model.drafter = {"name": name, "options": options}
+  config.train.update(trainable="drafter", target="main")
+  config.train.objective = "next_token"  # the target has no streams
 
 
 def _fields(dataclass) -> dict:

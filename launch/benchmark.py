@@ -2,6 +2,8 @@
 
   launch/benchmark.py --workdir=runs/e2e --drafters=none,streams \\
     --tree_nodes=4,8,16 [--prompts=64 --batch=1 --repeats=1]
+  launch/benchmark.py --workdir=runs/base \\
+    --drafters=prompt_lookup,medusa=runs/medusa,eagle=runs/eagle
   launch/benchmark.py --checkpoint=vicuna --workdir=runs/vicuna_speed \\
     --questions=question.jsonl --chat --turns=2
 
@@ -24,7 +26,8 @@ import drafting
 _DRAFTERS = flags.DEFINE_list(
   "drafters",
   None,
-  "Methods to measure: none, streams; empty: both if the model has streams.",
+  f"Methods to measure: {drafting.DRAFTERS_HELP} Empty: none, and streams or "
+  "the drafter that the run was trained with.",
 )
 _TREE_NODES = flags.DEFINE_list(
   "tree_nodes",
@@ -61,11 +64,19 @@ flags.mark_flag_as_required("workdir")
 
 
 def main(argv):
-  from spec_stream import bench, bench_rows, metrics, task, text_table, trace
+  from spec_stream import (
+    bench,
+    bench_rows,
+    metrics,
+    rivals,
+    task,
+    text_table,
+    trace,
+  )
+  from spec_stream.drafters import registry
   from spec_stream.progress import Progress
 
-  names = _DRAFTERS.value or ["none", "streams"]
-  drafters = drafting.make_all(names, _TREE_NODES.value)
+  drafters, asked = drafting.make_all(_DRAFTERS.value or [], _TREE_NODES.value)
   settings = bench.Settings(
     batch=_BATCH.value,
     repeats=_REPEATS.value,
@@ -81,9 +92,11 @@ def main(argv):
   task.check_output(workdir, source["checkpoint"], _QUESTIONS.value)
   run = drafting.load_run(source)
   settings = dataclasses.replace(settings, end_token=run.tokenizer.eos_ids)
-  if not _DRAFTERS.value and not run.model.config.streams.num_streams:
-    drafters = []
-  methods = bench.plan(run.model.config, drafters)
+  if not _DRAFTERS.value:
+    name = registry.default(run.model.config)
+    drafters, asked = drafting.make_all([name], _TREE_NODES.value)
+  own = rivals.load_all(asked, run, workdir)
+  methods = bench.plan(run.model.config, drafters, own)
   about, chosen = task.choose(
     run,
     _SPLIT.value,

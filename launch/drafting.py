@@ -6,26 +6,28 @@ from absl import flags
 
 from common import UserError
 
-DRAFTERS = ("none", "streams")
-
 WORKDIR = flags.DEFINE_string(
   "workdir", None, "Directory of the run, as launch/train.py wrote it."
 )
 TREE = flags.DEFINE_string(
   "tree",
   "best_first",
-  "Shape of the drafts: best_first, cartesian (every node has --tree_width "
-  "children), chain, or FILE.json with a list of paths such as "
-  "[[0], [1], [0, 0]] (ranks among a stream's candidates).",
+  "Shape of the drafts: best_first, beam (redrafter's), cartesian (every node "
+  "has --tree_width children), chain, or FILE.json with a list of paths such "
+  "as [[0], [1], [0, 0]] (ranks among a stream's candidates).",
 )
 TREE_WIDTH = flags.DEFINE_integer(
   "tree_width",
   0,
-  "Candidates per stream. 0: 3 for cartesian, all that can matter for "
-  "best_first.",
+  "Candidates per stream or node, and beams. 0: 3 for cartesian, all that can "
+  "matter for best_first, the root of --tree_nodes for trees that grow level "
+  "by level.",
 )
-NUM_STREAMS = flags.DEFINE_integer(
-  "num_streams", 0, "Streams to draft with; 0: all that were trained."
+DRAFT_LENGTH = flags.DEFINE_integer(
+  "draft_length",
+  0,
+  "Tokens to draft ahead; 0: as many as there are streams or heads, or what "
+  "the drafter does by itself.",
 )
 KEPT_NODES = flags.DEFINE_integer(
   "kept_nodes",
@@ -109,41 +111,59 @@ def define_sampling():
   }
 
 
-def check_names(names):
-  """Refuses an unknown drafter, before anything slow begins."""
-  for name in names:
-    if name not in DRAFTERS:
-      raise UserError(
-        f"unknown drafter '{name}': known ones are {', '.join(DRAFTERS)}"
-      )
+DRAFTERS_HELP = (
+  "none, streams, draft_model, prompt_lookup, lookahead, medusa, hydra, "
+  "redrafter, eagle; those with weights of another run as NAME=WORKDIR, found "
+  "in WORKDIR/drafters/NAME without it."
+)
 
 
-def make(name: str, tree_nodes: int = 0):
+def split(drafter: str) -> tuple[str, str]:
+  """NAME or NAME=DIR -> (name, directory); refuses an unknown name."""
+  from spec_stream.drafters import registry
+
+  name, _, directory = drafter.partition("=")
+  registry.get(name)
+  return name, directory
+
+
+def own(drafter: str, run, workdir: str):
+  """The drafter's own weights, if they are not those of the run."""
+  from spec_stream import rivals
+
+  name, directory = split(drafter)
+  return rivals.load_all({name: directory}, run, workdir).get(name, (None,))[0]
+
+
+def make(drafter: str, tree_nodes: int = 0):
   """The drafter of the flags; it is checked against a model when used."""
-  from spec_stream.drafters.none import NoDraft
-  from spec_stream.drafters.streams import StreamDraft
+  from spec_stream.drafters import registry
   from spec_stream.models.prune import Prune
   from spec_stream.tree import TreeSpec
 
-  check_names([name])
-  if name == "none":
-    return NoDraft()
+  name, _ = split(drafter)
   kind, paths = TREE.value, ()
   if kind.endswith(".json"):
     kind, paths = "paths", _read_paths(kind)
-  return StreamDraft(
+  if name == "redrafter" and not flags.FLAGS["tree"].present:
+    kind = "beam"
+  return registry.get(name).of(
     TreeSpec(kind, tree_nodes, TREE_WIDTH.value, paths),
+    DRAFT_LENGTH.value,
     Prune(KEPT_NODES.value, PRUNE_THRESHOLD.value),
-    NUM_STREAMS.value,
   )
 
 
-def make_all(names: list[str], tree_nodes: list[str]) -> list:
-  """A drafter for each of the names and numbers of nodes; plain ones left out.
+def make_all(drafters: list[str], tree_nodes: list[str]) -> tuple[list, dict]:
+  """A drafter for each of the names and numbers of nodes, plain ones left out;
+  and {name: directory, "" where none was given}.
 
   tree_nodes: as --tree_nodes has them; none stands for the shape's own.
   """
-  check_names(names)
+  asked = {}
+  for name, directory in map(split, drafters):
+    if name != "none" and asked.setdefault(name, directory) != directory:
+      raise UserError(f"--drafters names {name} twice: once for each table")
   try:
     nodes = [int(n) for n in tree_nodes]
   except ValueError:
@@ -152,8 +172,7 @@ def make_all(names: list[str], tree_nodes: list[str]) -> list:
       "4,8,16"
     ) from None
   nodes = list(dict.fromkeys(nodes)) or [0]
-  names = dict.fromkeys(name for name in names if name != "none")
-  return [make(name, n) for name in names for n in nodes]
+  return [make(name, n) for name in asked for n in nodes], asked
 
 
 def _read_paths(file: str):

@@ -27,7 +27,7 @@ _PROMPTS = flags.DEFINE_integer(
 _DRAFTER = flags.DEFINE_string(
   "drafter",
   "none",
-  "Who drafts: none, or streams (the same text, but for ties).",
+  f"Who drafts (the same text, but for ties): {drafting.DRAFTERS_HELP}",
 )
 _TREE_NODES = flags.DEFINE_integer(
   "tree_nodes", 0, "Nodes of a draft, root included; 0: the shape's own."
@@ -54,11 +54,13 @@ def main(argv):
   chosen = task.prompts(run, _SPLIT.value, _PROMPTS.value)
   dataset = run.config["data"]["dataset"]
   evaluate.scorer(dataset)  # refuses before the decoding, not after it
+  own = drafting.own(_DRAFTER.value, run, drafting.WORKDIR.value)
   outputs, found = evaluate.quality(
     run,
     dataset,
     chosen,
     drafter,
+    own=own,
     batch=_BATCH.value,
     max_new_tokens=drafting.MAX_NEW_TOKENS.value,
     on_batch=Progress("prompts"),
@@ -68,7 +70,9 @@ def main(argv):
     **task.about(run),
     "split": _SPLIT.value,
     "drafter": drafter.name,
-    **bench_rows.tree_fields(drafter.resolve(run.model.config)),
+    **bench_rows.tree_fields(
+      drafter.resolve(run.model.config, own or run.model.drafter)
+    ),
     "temperature": 0.0,
     "max_new_tokens": drafting.MAX_NEW_TOKENS.value,
   }

@@ -33,8 +33,8 @@ _PROMPTS_FILE = flags.DEFINE_string(
 _DRAFTER = flags.DEFINE_string(
   "drafter",
   "",
-  "Who drafts: streams, or none for plain decoding; empty: streams, if the "
-  "model has any.",
+  f"Who drafts: {drafting.DRAFTERS_HELP} Empty: streams or the drafter that "
+  "the run was trained with, or none.",
 )
 _TREE_NODES = flags.DEFINE_integer(
   "tree_nodes",
@@ -66,9 +66,10 @@ _sampling = drafting.define_sampling()
 
 def main(argv):
   del argv
-  from spec_stream import requests
+  from spec_stream import checkpoints, requests
+  from spec_stream.drafters import registry
 
-  drafter = drafting.make(_DRAFTER.value or "streams", _TREE_NODES.value)
+  drafting.make(_DRAFTER.value or "streams", _TREE_NODES.value)  # checks first
   settings, source = _sampling(), _checkpoint(alone=True)
   found = requests.read(
     _PROMPT.value,
@@ -80,9 +81,12 @@ def main(argv):
   if _JSON.value and _SHOW_STEPS.value:
     raise common.UserError("--show_steps colours text: leave it or --json out")
   model, tokenizer = requests.load(found, drafting.WORKDIR.value, **source)
-  asked = _DRAFTER.value or _TREE_NODES.value
-  if not asked and not model.config.streams.num_streams:
-    drafter = drafting.make("none")
+  name = _DRAFTER.value or registry.default(model.config)
+  if not _DRAFTER.value and _TREE_NODES.value and name == "none":
+    name = "streams"  # and then it says that there are none
+  drafter = drafting.make(name, _TREE_NODES.value)
+  run = checkpoints.Run(model, tokenizer, {}, 0)
+  settings["own"] = drafting.own(name, run, drafting.WORKDIR.value or "")
   settings["max_new_tokens"] = drafting.MAX_NEW_TOKENS.value
   settings["end_token"] = -1 if tokenizer is None else tokenizer.eos_ids
   if _JSON.value:

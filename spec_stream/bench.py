@@ -20,7 +20,8 @@ faster: both are measured, the first for its tokens, the faster for its time.
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,6 +35,7 @@ from spec_stream.models.transformer import Transformer, merge_lora
 
 NOISE = "none (A against A)"
 NO_STREAMS = "none (no streams)"
+_NONE: Mapping = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,20 +81,29 @@ class Method:
 
   expects: the method whose tokens it must give, None where there is none.
   times_against: the method it is timed against; None: the fastest baseline.
+  own: the drafter's own weights, if they are not the target's.
+  source: the run they are from.
   """
 
   name: str
   drafter: Drafter
   expects: str | None = "none"
   times_against: str | None = None
+  own: Any = None
+  source: str = ""
 
   @property
   def is_baseline(self) -> bool:
     return self.name in ("none", NO_STREAMS)
 
 
-def plan(config: ModelConfig, drafters: Sequence[Drafter]) -> list[Method]:
-  """Baselines, the A-against-A row, then the drafters (NoDraft left out)."""
+def plan(
+  config: ModelConfig, drafters: Sequence[Drafter], own: Mapping = _NONE
+) -> list[Method]:
+  """Baselines, the A-against-A row, then the drafters (NoDraft left out).
+
+  own: {name: (weights, run)} of drafters whose weights are another run's.
+  """
   methods = [Method("none", NoDraft())]
   if config.streams.attends:
     plain = NoDraft(attach_streams=False)
@@ -102,7 +113,12 @@ def plan(config: ModelConfig, drafters: Sequence[Drafter]) -> list[Method]:
     NOISE, twin.drafter, expects=twin.name, times_against=twin.name
   )
   rivals = [
-    Method(drafter.name, drafter)
+    Method(
+      drafter.name,
+      drafter,
+      own=own.get(drafter.name, (None, ""))[0],
+      source=own.get(drafter.name, (None, ""))[1],
+    )
     for drafter in drafters
     if not isinstance(drafter, NoDraft)
   ]
@@ -125,6 +141,7 @@ class Measured:
   repeats: int
   compile_seconds: float = 0.0
   recompiles: int = 0  # compilations while the clock ran
+  draft_seconds: float = 0.0  # of one draft, the verification left out
 
 
 def measure(
@@ -156,7 +173,7 @@ def measure(
   ]
   model = merge_lora(model)  # once, not in each decoder
   # A decoder for each row: the A-against-A row is independent of its twin.
-  decoders = [Decoder(model, method.drafter) for method in methods]
+  decoders = [Decoder(model, m.drafter, m.own) for m in methods]
   decoders[0].check(prompts, settings.max_new_tokens)
   zeros = lambda: np.zeros(len(batches))
   own = dict(batch=settings.batch, repeats=settings.repeats)
@@ -199,6 +216,10 @@ def measure(
           result.generations += collect(state)
         done += 1
         on_batch(done, total)
+  for decoder, result in zip(decoders, results):
+    if decoder.drafter.num_nodes > 1:
+      state = decoder.start(prompts[shapes[0]], **settings.options(0))
+      result.draft_seconds = decoder.time_draft(state)
   return results
 
 

@@ -8,6 +8,8 @@ speedup             baseline's ms_per_token over the method's, hence a ratio of
                     total times where the tokens are the same
 speedup_request     the same with prefill counted, per token emitted
 step_ms, step_cost  one call of the compiled loop; in steps of the baseline
+draft_ms            one draft alone, in a loop of nothing else; draft_share: of
+                    a step
 extra_params        weights beyond those of a plain decoder
 """
 
@@ -21,7 +23,6 @@ from spec_stream import sampling, ties
 from spec_stream.bench import NOISE, Measured, Settings
 from spec_stream.decode import Generation, tokens_per_call
 from spec_stream.drafters.base import Drafter
-from spec_stream.drafters.streams import StreamDraft
 from spec_stream.models.lora import LoRAParam
 from spec_stream.models.prune import PruneParam
 from spec_stream.models.streams import StreamParam
@@ -51,6 +52,8 @@ def rows(
   out = []
   for result in results:
     method = result.method
+    step = _step_ms(result)
+    draft = 1e3 * result.draft_seconds or None
     base = by_name.get(method.times_against, fastest)
     row = _counts(result) | _times(result, base, fastest)
     row |= _agreement(model, prompts, result, by_name, settings)
@@ -65,6 +68,10 @@ def rows(
         "num_streams": result.drafter.num_streams,
         "num_stream_layers": model.config.streams.num_stream_layers,
         **tree_fields(result.drafter),
+        "draft_length": result.drafter.longest - 1,
+        "draft_from": method.source or None,
+        "draft_ms": draft,
+        "draft_share": draft / step if draft and step else None,
         "accept": "exact",
         "temperature": settings.temperature,
         "top_k": settings.top_k,
@@ -73,7 +80,7 @@ def rows(
         "repeats": settings.repeats,
         "max_new_tokens": settings.max_new_tokens,
         **row,
-        "extra_params": extra_params(model, result.drafter),
+        "extra_params": extra_params(model, result.drafter, method.own),
         "compile_seconds": round(result.compile_seconds, 3),
         "recompiles": result.recompiles,
         "dtype": model.config.dtype,
@@ -152,28 +159,30 @@ def accept_by_depth(generations: Sequence[Generation]) -> list[float]:
   return [float(n / total[0]) for n in total[1:]] if total[0] else []
 
 
-def extra_params(model: Transformer, drafter: Drafter) -> int:
+def extra_params(model: Transformer, drafter: Drafter, own=None) -> int:
   """Weights that this drafter needs beyond a plain decoder of this shape.
 
   Adapters of shared mode serve the main stream, as in any fine-tuning; those
-  of lossless mode exist for the streams alone.
+  of lossless mode exist for the streams alone. own: the drafter's own weights,
+  if they are not the model's: of a draft model, all.
   """
-  kinds = []
+  kinds, own = [], own or (drafter.Module and model.drafter)
   if drafter.num_streams:
     kinds.append(StreamParam)
     if model.config.streams.mode == "lossless":
       kinds.append(LoRAParam)
   if drafter.prune:
     kinds.append(PruneParam)
-  return sum(num_params(model, kind) for kind in kinds)
+  beside = num_params(own) if own else 0
+  return beside + sum(num_params(model, kind) for kind in kinds)
 
 
 def tree_fields(drafter: Drafter) -> dict:
-  is_streams = isinstance(drafter, StreamDraft)
+  tree = getattr(drafter, "tree", None)
   return {
-    "tree": drafter.tree.kind if is_streams else None,
+    "tree": tree and tree.kind,
     "tree_nodes": drafter.num_nodes,
-    "tree_width": drafter.tree.width if is_streams else None,
+    "tree_width": tree and tree.width,
     "kept_nodes": drafter.prune.kept_nodes,
     "prune_threshold": drafter.prune.threshold,
   }

@@ -10,13 +10,15 @@ Letters: B batch row, M tree nodes.
 
 import dataclasses
 import functools
+import time
 from collections.abc import Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from spec_stream.drafters.base import Drafter, Params
+from spec_stream.drafters.base import Accepted, Drafter, Params
 from spec_stream.drafters.streams import StreamDraft
 from spec_stream.errors import UserError
 from spec_stream.models.transformer import Transformer, merge_lora
@@ -24,23 +26,23 @@ from spec_stream.sampling import make as make_sampling
 from spec_stream.step import DecodeState, prefill, step
 from spec_stream.tree import TokenTree
 
-# Jitted entry points. The module travels as (graphdef, weights): its structure
-# is static, its weights are arguments.
+# Jitted entry points. Target and drafter's own weights (`Params`) travel as
+# (graphdef, weights): their structure is static, their weights are arguments.
 
 _STATIC = ("graphdef", "drafter", "slots", "num_new")
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
-def _prefill(graphdef, weights, drafter, own, slots, num_new, *args):
-  params = Params(nnx.merge(graphdef, weights), own)
+def _prefill(graphdef, weights, drafter, slots, num_new, *args):
+  params = nnx.merge(graphdef, weights)
   return prefill(params, drafter, *args, slots=slots, num_new=num_new)
 
 
 @functools.partial(
   jax.jit, static_argnames=("graphdef", "drafter"), donate_argnames="state"
 )
-def _loop(graphdef, weights, drafter, own, state):
-  params = Params(nnx.merge(graphdef, weights), own)
+def _loop(graphdef, weights, drafter, state):
+  params = nnx.merge(graphdef, weights)
   return jax.lax.while_loop(
     lambda state: ~state.done.all(),
     lambda state: step(params, drafter, state),
@@ -49,8 +51,36 @@ def _loop(graphdef, weights, drafter, own, state):
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "drafter"))
-def _step(graphdef, weights, drafter, own, state):
-  return step(Params(nnx.merge(graphdef, weights), own), drafter, state)
+def _step(graphdef, weights, drafter, state):
+  return step(nnx.merge(graphdef, weights), drafter, state)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "drafter", "count"))
+def _drafts(graphdef, weights, drafter, count, state):
+  """`count` drafts, one after the other, each with what a step would give."""
+  params, batch = nnx.merge(graphdef, weights), len(state.num_tokens)
+  config = params.target.config
+  zeros = lambda *shape: jnp.zeros((batch, *shape), config.dtype)
+  longest, streams = drafter.longest, drafter.num_streams
+  accepted = Accepted(
+    root=state.tree.tokens[:, 0],
+    position=state.cache.length,
+    tokens=state.tokens[:, :longest],
+    count=jnp.zeros(batch, jnp.int32),  # so that all may start at one place
+    hidden=zeros(longest, config.width),
+    streams=zeros(streams, config.width) if streams else None,
+    taps=zeros(longest, len(drafter.taps), config.width)
+    if drafter.taps
+    else None,
+    draws=state.tree.tokens,
+  )
+
+  def draft(_, carry):
+    root, own = carry
+    tree, own = drafter.propose(params, own, accepted.replace(root=root))
+    return jnp.maximum(tree.tokens.max(1), 0), own  # each waits for the last
+
+  return jax.lax.fori_loop(0, count, draft, (accepted.root, state.drafter))
 
 
 class Decoder:
@@ -59,13 +89,23 @@ class Decoder:
   Shared-mode adapters are folded into the kernels here. Holds no state between
   requests: `start` and `finish` are the two compiled calls that `generate`
   makes, apart so that they can be timed apart.
+
+  own: the drafter's own weights; None: those that came with the model, if any.
   """
 
   def __init__(self, model: Transformer, drafter: Drafter, own=None):
     self.config = model.config
-    self.drafter = drafter.resolve(model.config)
-    self.graphdef, self.weights = nnx.split(merge_lora(model))
-    self.own = own
+    model = merge_lora(model)
+    target = model
+    if model.drafter is not None:
+      target = nnx.clone(model)
+      target.drafter = nnx.data(None)
+    if own is None and drafter.Module is not None:
+      own = model.drafter
+    if isinstance(own, Transformer):
+      own = merge_lora(own)
+    self.drafter = drafter.resolve(model.config, own)
+    self.graphdef, self.weights = nnx.split(Params(target, own))
 
   def start(
     self,
@@ -97,7 +137,6 @@ class Decoder:
       self.graphdef,
       self.weights,
       self.drafter,
-      self.own,
       slots,
       num_new,
       padded,
@@ -109,11 +148,22 @@ class Decoder:
 
   def finish(self, state: DecodeState) -> DecodeState:
     """Decodes to the end of every row. `state` is donated."""
-    return _loop(self.graphdef, self.weights, self.drafter, self.own, state)
+    return _loop(self.graphdef, self.weights, self.drafter, state)
 
   def step(self, state: DecodeState) -> DecodeState:
     """One step, for streaming and debugging."""
-    return _step(self.graphdef, self.weights, self.drafter, self.own, state)
+    return _step(self.graphdef, self.weights, self.drafter, state)
+
+  def time_draft(self, state: DecodeState, count: int = 64) -> float:
+    """Seconds of one draft, apart from all else of a step: of `count` in one
+    compiled loop the mean, the best of three."""
+    args = (self.graphdef, self.weights, self.drafter, count, state)
+    seconds = []
+    for _ in range(4):  # the first compiles
+      begin = time.perf_counter()
+      jax.block_until_ready(_drafts(*args))
+      seconds.append(time.perf_counter() - begin)
+    return min(seconds[1:]) / count
 
   def _sizes(self, prompts, limits) -> tuple[int, int, int]:
     """Cache slots, prompt bucket and room for new tokens; or a UserError.
@@ -202,6 +252,7 @@ def generate(
   model: Transformer,
   prompts: Sequence[Sequence[int]],
   drafter: Drafter | None = None,
+  own=None,
   **settings,
 ) -> list[Generation]:
   """Decodes a batch of prompts (token ids) in one compiled loop.
@@ -210,6 +261,7 @@ def generate(
     model: the target.
     prompts: token ids; rows may differ in length.
     drafter: StreamDraft() if None.
+    own: the drafter's own weights, see `Decoder`.
     **settings: max_new_tokens=128, temperature=0 (greedy), top_k=0 (off),
       top_p=1 (off), seed=0: one value or one per prompt; end_token=-1 (none),
       or several, any of which ends a row.
@@ -220,7 +272,7 @@ def generate(
     UserError: prompt empty, too long, or outside the vocabulary; a setting out
       of range; a drafter that does not fit the model.
   """
-  decoder = Decoder(model, drafter or StreamDraft())
+  decoder = Decoder(model, drafter or StreamDraft(), own)
   return collect(decoder.finish(decoder.start(prompts, **settings)))
 
 
@@ -237,10 +289,11 @@ def stream(
   model: Transformer,
   prompt: Sequence[int],
   drafter: Drafter | None = None,
+  own=None,
   **settings,
 ) -> Iterator[Step]:
   """`generate` for one prompt, call by call, with the drafts."""
-  decoder = Decoder(model, drafter or StreamDraft())
+  decoder = Decoder(model, drafter or StreamDraft(), own)
   state = decoder.start([prompt], **settings)
   yield Step(state.tokens[0, :1].tolist(), None, [])
   while not bool(state.done[0]):
@@ -249,8 +302,18 @@ def stream(
     first, last = int(before.num_tokens[0]), int(state.num_tokens[0])
     accepts = np.asarray(state.accepts[0] - before.accepts[0]).sum()
     drawn = np.asarray(state.tokens[0, first : first + accepts])
-    path = [0]
-    for token in drawn[: accepts - 1]:
-      match = (tree.parents == path[-1]) & (tree.tokens == token)
-      path.append(int(np.argmax(match)))
+    path = _path(tree, drawn[: accepts - 1])
     yield Step(state.tokens[0, first:last].tolist(), tree, path)
+
+
+def _path(tree: TokenTree, tokens) -> list[int]:
+  """Nodes of `tree` ([M] arrays) that spell `tokens` below the root. Siblings
+  may be alike: then it is one that leads on."""
+  reached = [[0]]
+  for token in tokens:
+    match = np.isin(tree.parents, reached[-1]) & (tree.tokens == token)
+    reached.append(np.flatnonzero(match))
+  path = [int(reached[-1][0])]
+  while path[0] > 0:
+    path.insert(0, int(tree.parents[path[0]]))
+  return path

@@ -28,17 +28,18 @@ def decode_all(
   batch: int = 32,
   max_new_tokens: int = 128,
   end_token: int | Sequence[int] = -1,
+  own=None,
   on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Generation]:
   """Greedy decoding of many prompts, in their order.
 
   Prompts of like length share a batch, and the last batch is filled up with
-  repeats, so that few shapes compile. on_batch: called with (prompts done,
-  prompts in all).
+  repeats, so that few shapes compile. own: see `Decoder`. on_batch: called with
+  (prompts done, prompts in all).
   """
   if batch < 1:
     raise UserError(f"batch={batch} must be 1 or more")
-  decoder = Decoder(model, drafter)
+  decoder = Decoder(model, drafter, own)
   decoder.check(prompts, max_new_tokens)  # the longest is decoded last
   by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
   batch = min(batch, len(prompts))
@@ -133,7 +134,7 @@ def quality(
   """-> (texts, what a run's answers are worth, json-able): scores, tokens per
   call, and how many answers were cut short.
 
-  settings: batch, max_new_tokens and on_batch of `decode_all`.
+  settings: batch, max_new_tokens, own and on_batch of `decode_all`.
   """
   ends = run.tokenizer.eos_ids
   ids = [p.token_ids for p in prompts]

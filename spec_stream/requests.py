@@ -224,18 +224,20 @@ def answers(
   drafter: Drafter,
   batch: int,
   max_new_tokens: int,
+  own=None,
   **settings,
 ) -> Iterator[dict]:
   """Decodes `batch` requests at once; yields their answers in order.
 
-  settings: of `decode.generate`, but for `seed`, which is each request's own.
+  own: the drafter's own weights, see `Decoder`. settings: of `decode.generate`,
+  but for `seed`, which is each request's own.
   """
   if batch < 1:
     raise UserError(f"batch={batch} must be 1 or more")
   # All of them first: a bad one stops the work before it begins.
   room, config = max_new_tokens, model.config
   prompts = [r.encode(tokenizer, config, room) for r in requests]
-  decoder = Decoder(model, drafter)
+  decoder = Decoder(model, drafter, own)
   for start in range(0, len(prompts), batch):
     at = slice(start, start + batch)
     seeds = [r.seed for r in requests[at]]
@@ -258,6 +260,7 @@ def pieces(
   request: Request,
   drafter: Drafter,
   max_new_tokens: int,
+  own=None,
   **settings,
 ) -> Iterator[tuple[str, int]]:
   """Yields (text, number of tokens) for each call of the model as it comes.
@@ -268,7 +271,7 @@ def pieces(
   settings |= {"max_new_tokens": max_new_tokens, "seed": request.seed}
   ids = request.encode(tokenizer, model.config, max_new_tokens)
   detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
-  steps = stream(model, ids, drafter, **settings)
+  steps = stream(model, ids, drafter, own, **settings)
   for i, step in enumerate(steps):
     if detokenizer is None:
       words = " ".join(map(str, step.token_ids))

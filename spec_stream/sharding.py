@@ -20,32 +20,37 @@ AXES = ("data", "fsdp", "tensor")
 # key/value heads, F and V are split over `tensor`, the width D over `fsdp`. The
 # embedding is split by rows alone: a lookup in split columns would spread D
 # over fsdp in all that follows, against the batch, which lies there.
+_BLOCK = r"(blocks/\d+|drafter/block)"
 RULES = (
   (r"embed/table", P(("fsdp", "tensor"), None)),
   (r"positions/table", P()),
   (r"head/kernel", P("fsdp", "tensor")),
   (r"head/bias", P("tensor")),
-  (r"(blocks/\d+/(attention/)?)?\w+_norm/(scale|bias)", P()),
-  (r"blocks/\d+/attention/qkv/kernel", P("fsdp", "tensor", None, None)),
+  (rf"({_BLOCK}/(attention/)?)?\w+_norm/(scale|bias)", P()),
+  (rf"{_BLOCK}/attention/qkv/kernel", P("fsdp", "tensor", None, None)),
   # Of quantised kernels, [tiles, *out]: see `models.quant`.
-  (r"blocks/\d+/attention/qkv/kernel_scale", P(None, "tensor", None, None)),
-  (r"blocks/\d+/ffw/gate_up/kernel_scale", P(None, None, "tensor")),
-  (r"blocks/\d+/(attention/out|ffw/down)/kernel_scale", P(None, "fsdp")),
-  (r"blocks/\d+/attention/qkv/bias", P("tensor", None, None)),
-  (r"blocks/\d+/(attention/out|ffw/down)/bias", P()),
-  (r"blocks/\d+/ffw/gate_up/bias", P(None, "tensor")),
-  (r"blocks/\d+/attention/qkv/lora_a", P("fsdp", None)),
-  (r"blocks/\d+/attention/qkv/lora_b", P(None, "tensor", None, None)),
-  (r"blocks/\d+/attention/out/kernel", P("tensor", None, None, "fsdp")),
-  (r"blocks/\d+/attention/out/lora_a", P("tensor", None, None, None)),
-  (r"blocks/\d+/ffw/gate_up/kernel", P("fsdp", None, "tensor")),
-  (r"blocks/\d+/ffw/gate_up/lora_a", P("fsdp", None)),
-  (r"blocks/\d+/ffw/gate_up/lora_b", P(None, None, "tensor")),
-  (r"blocks/\d+/ffw/down/kernel", P("tensor", "fsdp")),
-  (r"blocks/\d+/ffw/down/lora_a", P("tensor", None)),
-  (r"blocks/\d+/(attention/out|ffw/down)/lora_b", P(None, "fsdp")),
+  (rf"{_BLOCK}/attention/qkv/kernel_scale", P(None, "tensor", None, None)),
+  (rf"{_BLOCK}/ffw/gate_up/kernel_scale", P(None, None, "tensor")),
+  (rf"{_BLOCK}/(attention/out|ffw/down)/kernel_scale", P(None, "fsdp")),
+  (rf"{_BLOCK}/attention/qkv/bias", P("tensor", None, None)),
+  (rf"{_BLOCK}/(attention/out|ffw/down)/bias", P()),
+  (rf"{_BLOCK}/ffw/gate_up/bias", P(None, "tensor")),
+  (rf"{_BLOCK}/attention/qkv/lora_a", P("fsdp", None)),
+  (rf"{_BLOCK}/attention/qkv/lora_b", P(None, "tensor", None, None)),
+  (rf"{_BLOCK}/attention/out/kernel", P("tensor", None, None, "fsdp")),
+  (rf"{_BLOCK}/attention/out/lora_a", P("tensor", None, None, None)),
+  (rf"{_BLOCK}/ffw/gate_up/kernel", P("fsdp", None, "tensor")),
+  (rf"{_BLOCK}/ffw/gate_up/lora_a", P("fsdp", None)),
+  (rf"{_BLOCK}/ffw/gate_up/lora_b", P(None, None, "tensor")),
+  (rf"{_BLOCK}/ffw/down/kernel", P("tensor", "fsdp")),
+  (rf"{_BLOCK}/ffw/down/lora_a", P("tensor", None)),
+  (rf"{_BLOCK}/(attention/out|ffw/down)/lora_b", P(None, "fsdp")),
   (r"streams/(embed|map_a|map_b)", P()),
   (r"pruner/[ab]", P()),
+  # Of drafters: matrices [in, out], of several heads [heads, in, out].
+  (r"drafter/\w+_bias", P()),
+  (r"drafter/\w+_kernel", P("fsdp", "tensor")),
+  (r"drafter/\w+_kernels", P(None, "fsdp", "tensor")),
 )
 
 

@@ -69,6 +69,7 @@ def prefill(
     causal_mask((order < length[:, None]).astype(jnp.int32)),
     streams=at if drafter.num_streams else None,
     num_streams=drafter.num_streams,
+    taps=drafter.taps,
   )
   last = jnp.take_along_axis(out.main, at[:, :, None], 1)
   logits = model.logits(last)
@@ -89,7 +90,7 @@ def prefill(
   )
   tree, state = drafter.propose(
     params,
-    drafter.init(params, batch),
+    drafter.init(params, batch, slots),
     Accepted(
       root=root,
       position=length,
@@ -97,6 +98,7 @@ def prefill(
       count=length,
       hidden=out.main,
       streams=None if out.streams is None else out.streams[:, 0],
+      taps=out.taps,
     ),
   )
   space = (batch, num_new + drafter.longest)
@@ -136,6 +138,7 @@ def step(params: Params, drafter: Drafter, state: DecodeState) -> DecodeState:
       cache=cache,
       streams=ALL if drafter.num_streams else None,
       num_streams=drafter.num_streams,
+      taps=drafter.taps,
       keep=keep,
     )
     tree = tree if keep is None else out.kept
@@ -173,6 +176,8 @@ def step(params: Params, drafter: Drafter, state: DecodeState) -> DecodeState:
         count=count,
         hidden=take(out.main, accepted.path),
         streams=None if out.streams is None else take(out.streams, last)[:, 0],
+        taps=None if out.taps is None else take(out.taps, accepted.path),
+        draws=draws,
       ),
     )
   return state.replace(

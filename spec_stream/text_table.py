@@ -21,6 +21,7 @@ COLUMNS = {
   "nodes": _number("tree_nodes", "{}"),
   "tokens/call": _number("tokens_per_call", "{:.2f}"),
   "step cost": _number("step_cost", "{:.2f}"),
+  "drafting": _number("draft_share", "{:.0%}"),
   "ms/token": _number("ms_per_token", "{:.3g}"),
   "ms to first": _number("ms_to_first_token", "{:.3g}"),
   "tokens/s": _number("tokens_per_second", "{:,.0f}"),
@@ -29,6 +30,7 @@ COLUMNS = {
   "identical": _number("identical", "{:.1%}"),
   "margin": _number("max_tie_margin", "{:.0e}"),
   "recompiles": _number("recompiles", "{}"),
+  "extra weights": _number("extra_params", "{:,}"),
 }
 _LEFT = ("method", "tree")
 

@@ -29,7 +29,8 @@ def of_largest(
   seed = int(settings.seeds(len(prompts))[which])
   settings = dataclasses.replace(settings, seed=seed)
   prompt = prompts[which]
-  return record(run.model, run.tokenizer, prompt, result.drafter, settings)
+  drafter, own = result.drafter, result.method.own
+  return record(run.model, run.tokenizer, prompt, drafter, settings, own)
 
 
 def record(
@@ -38,12 +39,13 @@ def record(
   prompt: Prompt,
   drafter: Drafter,
   settings: Settings,
+  own=None,
 ) -> dict:
   """Decodes one prompt and keeps each draft and what was accepted of it."""
   tokens, steps = [], []
   text = lambda token: token_text(tokenizer, int(token))
   options = settings.options(settings.seed)
-  for step in stream(model, prompt.token_ids, drafter, **options):
+  for step in stream(model, prompt.token_ids, drafter, own, **options):
     tokens += step.token_ids
     if step.tree is None:
       continue  # prefill verifies no draft

@@ -122,20 +122,34 @@ def best_first(
   for g in range(num_streams):
     if g > 0:
       joint = (score[:, :, None] + log_probs[:, g, None, :]).reshape(batch, -1)
-      before, (score, best) = offset, _top(joint, budget)
+      before, (score, best) = offset, top(joint, budget)
       offset += levels[-1][0].shape[1]
       parent = (before + best // width).astype(jnp.int32)
       token = jnp.take_along_axis(tokens[:, g], best % width, 1)
     levels.append((score, token, parent))
+  return join(root, levels, num_nodes)
+
+
+def join(root: jax.Array, levels, num_nodes: int) -> TokenTree:
+  """The most probable nodes of all levels, below the root: a tree if no node is
+  more probable than its parent.
+
+  Args:
+    root: [B] int32.
+    levels: for depth 1, 2, ...: score, token and parent, [B, n] each; a parent
+      is an index into all levels joined, -1 for the root.
+    num_nodes: M, root included.
+  """
+  batch, budget = root.shape[0], num_nodes - 1
   score, token, parent = (jnp.concatenate(x, 1) for x in zip(*levels))
   depth = np.repeat(
-    np.arange(1, num_streams + 1), [x[0].shape[1] for x in levels]
+    np.arange(1, len(levels) + 1), [x[0].shape[1] for x in levels]
   )
-  score, chosen = _top(score, budget)
+  score, chosen = top(score, budget)
   if chosen.shape[1] != budget:
     raise UserError(
-      f"a tree of {num_nodes} nodes needs more than the {num_streams} streams "
-      f"with {width} candidates each allow ({chosen.shape[1] + 1} nodes)"
+      f"a tree of {num_nodes} nodes needs more than the {len(levels)} levels "
+      f"drafted here allow ({chosen.shape[1] + 1} nodes)"
     )
   # Joined index -> node; a chosen node's parent is chosen, and stands before.
   rows = jnp.arange(batch)[:, None]
@@ -152,15 +166,15 @@ def best_first(
     depth=jnp.asarray(depth, jnp.int32)[chosen],
     log_prob=score,
   )
-  top = root_only(root)
+  above = root_only(root)
   return jax.tree.map(
     lambda a, b: jnp.concatenate([a, b.astype(a.dtype)], 1),
-    top.replace(log_prob=top.log_prob.astype(score.dtype)),
+    above.replace(log_prob=above.log_prob.astype(score.dtype)),
     below,
   )
 
 
-def _top(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+def top(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
   """Largest k along the last axis; of equals, the one that stands first.
 
   In two dimensions: XLA's CPU backend sorts anything of higher rank in full.
@@ -259,26 +273,30 @@ class TreeSpec:
   width: int = 0
   paths: tuple[tuple[int, ...], ...] = ()
 
-  def resolve(self, num_streams: int, vocab_size: int) -> "TreeSpec":
-    """Checks against a model and fills in what was left open."""
+  def resolve(self, length: int, vocab_size: int) -> "TreeSpec":
+    """Checks against what is drafted and fills in what was left open.
+
+    length: tokens ahead that can be drafted: the streams, say.
+    """
     nodes = self.num_nodes
     if nodes < 0 or self.width < 0:
       raise UserError("tree_nodes and tree_width must not be negative")
     if self.kind == "best_first":
       nodes = nodes or 16
       width = min(self.width or max(nodes - 1, 1), vocab_size)
-      room = 1 + sum(width**g for g in range(1, num_streams + 1))
+      room = 1 + sum(width**g for g in range(1, length + 1))
       if nodes > room:
         raise UserError(
-          f"a best_first tree of {nodes} nodes does not fit: {num_streams} "
-          f"streams with {width} candidates give {room} nodes at the most"
+          f"a best_first tree of {nodes} nodes does not fit: drafts of "
+          f"{length} tokens with {width} candidates give {room} nodes at the "
+          "most"
         )
       return TreeSpec("best_first", nodes, width)
     if self.kind == "chain":
-      depth = nodes - 1 if nodes else num_streams
+      depth = nodes - 1 if nodes else length
       paths = chain_paths(depth)
     elif self.kind == "cartesian":
-      paths = cartesian_paths(self.width or 3, num_streams)
+      paths = cartesian_paths(self.width or 3, length)
     elif self.kind == "paths":
       paths = check_paths(self.paths)
     else:
@@ -287,10 +305,10 @@ class TreeSpec:
         "JSON file with a list of paths"
       )
     depth = max(map(len, paths), default=0)
-    if depth > num_streams:
+    if depth > length:
       raise UserError(
-        f"the {self.kind} tree is {depth} deep but the model drafts with "
-        f"{num_streams} streams: a tree can be {num_streams} deep at the most"
+        f"the {self.kind} tree is {depth} deep but the drafts reach {length} "
+        f"tokens ahead: a tree can be {length} deep at the most"
       )
     if nodes and nodes != len(paths) + 1:
       raise UserError(
@@ -304,9 +322,10 @@ class TreeSpec:
       )
     return TreeSpec(self.kind, len(paths) + 1, width, paths)
 
-  @property
-  def longest(self) -> int:
-    """A of a resolved fixed tree; best_first is bounded by its streams."""
+  def reach(self, length: int) -> int:
+    """A of a resolved tree whose drafts reach `length` tokens ahead."""
+    if self.kind in ("best_first", "beam"):
+      return 1 + min(length, self.num_nodes - 1)
     return 1 + max(map(len, self.paths), default=0)
 
   def build(self, root: jax.Array, logits: jax.Array) -> TokenTree:
@@ -314,7 +333,7 @@ class TreeSpec:
     if self.num_nodes == 1:
       return root_only(root)
     log_probs = jax.nn.log_softmax(logits, -1)
-    log_probs, tokens = _top(log_probs, self.width)
+    log_probs, tokens = top(log_probs, self.width)
     if self.kind == "best_first":
       return best_first(root, log_probs, tokens, self.num_nodes)
     return from_paths(root, log_probs, tokens, self.paths)

@@ -12,6 +12,7 @@ import functools
 import jax
 from flax import nnx
 
+from spec_stream.drafters import registry
 from spec_stream.models.config import ModelConfig
 from spec_stream.models.lora import LoRAParam
 from spec_stream.models.prune import PruneParam
@@ -20,8 +21,9 @@ from spec_stream.models.transformer import Transformer
 
 Weights = dict[str, jax.Array]
 
-# What adapter training trains; every other weight is the base model's.
 ADAPTERS = (LoRAParam, StreamParam, PruneParam)
+
+_DRAFTER = "drafter/"
 
 
 def _join(path) -> str:
@@ -34,15 +36,22 @@ def to_weights(model: Transformer) -> Weights:
   return {_join(path): variable[...] for path, variable in state}
 
 
+def build(config: ModelConfig, seed: int) -> Transformer:
+  """A fresh model, with the weights of the config's drafter if it has one."""
+  model = Transformer(config, rngs=nnx.Rngs(seed))
+  model.drafter = nnx.data(registry.make_module(config, nnx.Rngs(seed + 1)))
+  return model
+
+
 def init(config: ModelConfig, seed: int) -> Weights:
   """Fresh weights; to be traced by `jax.jit` or `jax.eval_shape`."""
-  return to_weights(Transformer(config, rngs=nnx.Rngs(seed)))
+  return to_weights(build(config, seed))
 
 
 @functools.cache
 def _template(config: ModelConfig):
   """The model's structure and its variables without values."""
-  model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+  model = nnx.eval_shape(lambda: build(config, 0))
   graph, state = nnx.split(model)
   return graph, tuple(nnx.to_flat_state(state))
 
@@ -56,6 +65,16 @@ def paths(config: ModelConfig, *kinds) -> frozenset[str]:
   """Paths of the weights of these parameter types."""
   state = _template(config)[1]
   return frozenset(_join(path) for path, v in state if isinstance(v, kinds))
+
+
+def of_drafter(config: ModelConfig) -> frozenset[str]:
+  """Paths of the weights of the drafter beside the target."""
+  return frozenset(path for path in shapes(config) if path.startswith(_DRAFTER))
+
+
+def adapters(config: ModelConfig) -> frozenset[str]:
+  """Paths of what adapter training trains; all others are the base model's."""
+  return paths(config, *ADAPTERS) | of_drafter(config)
 
 
 def to_model(config: ModelConfig, weights: Weights) -> Transformer:

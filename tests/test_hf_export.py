@@ -39,7 +39,7 @@ def with_random_adapters(path, config):
   """The checkpoint with adapters that do something: fresh ones do nothing."""
   values = weights.to_weights(checkpoint.load(path, config))
   rng = np.random.default_rng(1)
-  for name in sorted(weights.paths(config, *weights.ADAPTERS)):
+  for name in sorted(weights.adapters(config)):
     values[name] = rng.normal(0, 0.2, values[name].shape).astype(np.float32)
   return weights.to_model(config, values)
 

@@ -79,7 +79,7 @@ def with_random_streams(path):
   config = hf_config.read_config(path, streams=STREAMS)
   values = weights.to_weights(checkpoint.load(path, config))
   rng = np.random.default_rng(0)
-  for name in sorted(weights.paths(config, *weights.ADAPTERS)):
+  for name in sorted(weights.adapters(config)):
     noise = rng.normal(0, 0.2, values[name].shape)
     values[name] = jnp.asarray(noise, values[name].dtype)
   return weights.to_model(config, values)

@@ -87,7 +87,7 @@ def test_the_base_is_the_checkpoint_and_kept_once(source, run):
   values = weights.to_weights(tuned.model)
   for path, x in base.items():
     assert np.array_equal(x, values[path]), path
-  added = weights.paths(tuned.model.config, *weights.ADAPTERS)
+  added = weights.adapters(tuned.model.config)
   assert set(values) == set(base) | added
   assert any(np.any(values[p]) for p in added if p.endswith("lora_b"))
   for path, steps in ((f"{run}/base", base), (f"{run}/checkpoints/8", added)):
@@ -236,7 +236,7 @@ def test_bfloat16_base_and_float32_adapters(source, tmp_path, monkeypatch):
   narrow = dict(dtype="bfloat16", param_dtype="bfloat16")
   assert train(workdir, source[0], two, **narrow)
   model = checkpoints.load_run(workdir).model
-  added = weights.paths(model.config, *weights.ADAPTERS)
+  added = weights.adapters(model.config)
   for path, x in weights.to_weights(model).items():
     assert x.dtype == ("float32" if path in added else "bfloat16"), path
   kept = checkpoints.pathlib.Path(f"{workdir}/checkpoints/2/optimizer")

@@ -19,7 +19,11 @@ from jax.sharding import PartitionSpec as P
 from spec_stream import checkpoints, sharding, weights
 from spec_stream.errors import UserError
 from spec_stream.hf.config import configure
-from spec_stream.models.config import ModelConfig, StreamConfig
+from spec_stream.models.config import (
+  DrafterConfig,
+  ModelConfig,
+  StreamConfig,
+)
 from spec_stream.train import state as states
 from spec_stream.train.step import make_step
 
@@ -39,6 +43,12 @@ STREAMS = [
   StreamConfig(lora_rank=4, lora_layers="all", map_rank=2),
   StreamConfig(stream_id="rotation", lora_rank=2, mode="lossless"),
 ]
+DRAFTERS = {
+  "medusa": DrafterConfig("medusa"),
+  "hydra": DrafterConfig("hydra"),
+  "redrafter": DrafterConfig("redrafter"),
+  "eagle": DrafterConfig("eagle", (("fuse", (0, 1)),)),
+}
 
 
 def config_files():
@@ -57,6 +67,14 @@ def test_each_weight_matches_one_rule(streams, tied):
   assert sharding.spec("blocks/31/ffw_norm/scale") == P()
 
 
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_each_weight_of_a_drafter_matches_one_rule(name):
+  config = ModelConfig(num_layers=3, drafter=DRAFTERS[name])
+  assert weights.of_drafter(config)
+  for path, x in weights.shapes(config).items():
+    assert len(sharding.spec(path)) in (0, len(x.shape)), path
+
+
 def test_each_rule_serves_some_weight():
   paths = set()
   for streams in STREAMS:
@@ -68,6 +86,8 @@ def test_each_rule_serves_some_weight():
     num_layers=2, tie_embeddings=False, positions="learned", **every
   )
   paths |= set(weights.shapes(config))
+  for drafter in DRAFTERS.values():
+    paths |= set(weights.shapes(ModelConfig(num_layers=2, drafter=drafter)))
   quantises = importlib.util.find_spec("qwix") is not None
   if quantises:
     config = ModelConfig(num_layers=2, quantize="int8")

@@ -79,7 +79,7 @@ def test_lossless_adapters_leave_the_base_as_it_is():
   model = lora(mode="lossless")
   train = dataclasses.replace(TRAIN, trainable="adapters")
   before, after, history, state = run(model, train)
-  adapters = weights.paths(model, *weights.ADAPTERS)
+  adapters = weights.adapters(model)
   assert moved(before, after) == adapters == set(state.trained)
   base = set(before) - adapters
   assert set(state.frozen) == base and len(base) == 14
@@ -318,7 +318,7 @@ def test_init_from_takes_base_weights_and_tokenizer(
   new, base = checkpoints.load_run(workdir), checkpoints.load_run(finished)
   assert new.tokenizer.hash() == base.tokenizer.hash()
   new, base = weights.to_weights(new.model), weights.to_weights(base.model)
-  adapters = weights.paths(model, *weights.ADAPTERS)
+  adapters = weights.adapters(model)
   for path in new:
     if path not in adapters:
       assert new[path].tobytes() == base[path].tobytes(), path
@@ -337,7 +337,7 @@ def test_init_from_goes_on_with_streams_that_are_alike(
   assert tiny.train(tmp_path, model=model, train=start)
   new, old = checkpoints.load_run(str(tmp_path)), checkpoints.load_run(finished)
   new, old = weights.to_weights(new.model), weights.to_weights(old.model)
-  own = weights.paths(model, *weights.ADAPTERS)
+  own = weights.adapters(model)
   assert own
   for path in new:
     same = new[path].tobytes() == old[path].tobytes()

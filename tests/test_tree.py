@@ -92,7 +92,7 @@ def test_best_first_needs_candidates_enough():
   log_probs, tokens = streams(np.random.default_rng(0), 2, 2)
   roots = np.zeros(BATCH, np.int32)
   assert tree.best_first(roots, log_probs, tokens, 7).num_nodes == 7
-  with pytest.raises(UserError, match=r"8 nodes.*2 streams.*7 nodes"):
+  with pytest.raises(UserError, match=r"8 nodes.*2 levels.*7 nodes"):
     tree.best_first(roots, log_probs, tokens, 8)
 
 
@@ -154,7 +154,7 @@ def test_specs_build_what_they_say(spec, nodes, longest):
   assert spec.num_nodes == nodes
   assert spec.resolve(3, 11) == spec
   if longest:
-    assert spec.longest == longest
+    assert spec.reach(3) == longest
   rng = np.random.default_rng(0)
   logits = rng.normal(size=(BATCH, 3, 11)).astype(np.float32)
   roots = np.arange(BATCH, dtype=np.int32)
@@ -172,7 +172,7 @@ def test_specs_build_what_they_say(spec, nodes, longest):
     (TreeSpec("best_first", -1), "negative"),
     (TreeSpec("best_first", 16, width=-2), "negative"),
     (TreeSpec("best_first", 16, width=2), r"16 nodes does not fit.*15 nodes"),
-    (TreeSpec("chain", 5), r"4 deep but the model drafts with 3 streams"),
+    (TreeSpec("chain", 5), r"4 deep but the drafts reach 3 tokens"),
     (TreeSpec("paths", paths=((0,), (0, 0), (0,) * 3, (0,) * 4)), "4 deep"),
     (TreeSpec("paths", paths=((0, 0),)), "no parent"),
     (TreeSpec("cartesian", 12), "contradicts.*40 nodes"),

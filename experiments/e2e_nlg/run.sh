@@ -46,7 +46,7 @@ train "$work/base_outputs" lossless --config.train.init_from="$work/base" \
 bench shared
 bench distilled
 bench lossless
-bench lossless --num_streams=3
+bench lossless --draft_length=3
 for run in base shared distilled lossless; do
   "$python" launch/evaluate.py --workdir="$work/$run" --drafter=none
 done

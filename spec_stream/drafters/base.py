@@ -3,17 +3,24 @@
 A drafter is a frozen, hashable dataclass: it is static in the compiled loop.
 Each rival is one file that draws up trees; the target, the cache, the
 acceptance rule and the loop are the same for all of them.
+
+A drafter with weights of its own also has `Options` (a frozen dataclass) and a
+`Module` (an `nnx.Module`), made from the target's config and the options.
+`launch/train.py` trains the module beside a frozen target, or with it.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
+import jax.numpy as jnp
+from flax import nnx
 
+from spec_stream.errors import UserError
 from spec_stream.models.config import ModelConfig
 from spec_stream.models.prune import Prune
 from spec_stream.models.transformer import Transformer
-from spec_stream.tree import TokenTree
+from spec_stream.tree import TokenTree, TreeSpec
 
 
 @flax.struct.dataclass
@@ -30,41 +37,108 @@ class Accepted:
   count: jax.Array  # [B] how many of them count
   hidden: jax.Array  # [B, A, D] final-normed hidden at `tokens`
   streams: jax.Array | None  # [B, J, D] streams of the last committed token
+  taps: jax.Array | None = None  # [B, A, n, D] of the layers in Drafter.taps
+  draws: jax.Array | None = None  # [B, M] draw at each node; not after prefill
+
+  @property
+  def last_hidden(self) -> jax.Array:
+    """[B, D] at the last committed token, which the root follows."""
+    at = (self.count - 1)[:, None, None]
+    return jnp.take_along_axis(self.hidden, at, 1)[:, 0]
 
 
 class Params(NamedTuple):
   target: Transformer
-  own: Any = None  # pytree of the drafter's own weights
+  own: Any = None  # the drafter's own weights: an nnx.Module
 
 
-class Drafter(Protocol):
-  """Frozen dataclass. After `resolve`, the properties below are fixed."""
+class Drafter:
+  """Base of all drafters. What a subclass does not set, stands here."""
 
   name: str
+  num_streams = 0  # streams the target attaches to each node
+  prune = Prune()  # early-exit pruning of its trees
+  taps: tuple[int, ...] = ()  # layers whose hidden states it reads
+  # Of drafters with weights: what they are made of, and the weights.
+  Options: type | None = None
+  Module: type | None = None
 
-  def resolve(self, config: ModelConfig) -> "Drafter":
-    """Checks against the target's config; fills in what was left open."""
+  @classmethod
+  def of(cls, tree: TreeSpec, length: int, prune: Prune) -> "Drafter":
+    """From what a user may set; length: tokens to draft ahead, 0 = its own."""
+    del prune  # of streams alone
+    return cls(tree=tree, length=length)
+
+  def resolve(self, config: ModelConfig, own: Any = None) -> "Drafter":
+    """Checks against the target's config and the drafter's own weights; fills
+    in what was left open. The two properties below are fixed from then on."""
+    raise NotImplementedError
 
   @property
   def num_nodes(self) -> int:
     """M: nodes of the trees it proposes, root included."""
+    raise NotImplementedError
 
   @property
   def longest(self) -> int:
     """A: nodes of the longest path, root included."""
+    raise NotImplementedError
 
-  @property
-  def num_streams(self) -> int:
-    """Streams the target attaches to each node, 0 for none."""
+  def init(self, params: Params, batch: int, slots: int) -> Any:
+    """The drafter's own state, a pytree of arrays (or None).
 
-  @property
-  def prune(self) -> Prune:
-    """Early-exit pruning of its trees."""
-
-  def init(self, params: Params, batch: int) -> Any:
-    """The drafter's own state, a pytree of arrays (or None)."""
+    slots: of the target's cache, enough for prompt, output and a draft.
+    """
+    return None
 
   def propose(
     self, params: Params, state: Any, accepted: Accepted
   ) -> tuple[TokenTree, Any]:
     """The next tree to verify, [B, M], and the drafter's next state."""
+    raise NotImplementedError
+
+
+def attached(config: ModelConfig) -> int:
+  """Streams without which the target would be another model: see NoDraft."""
+  return config.streams.num_streams if config.streams.attends else 0
+
+
+def zeros(*shape: int) -> nnx.Param:
+  """A weight of a drafter: float32, whatever the target's type."""
+  return nnx.Param(jnp.zeros(shape, jnp.float32))
+
+
+def normal(rngs: nnx.Rngs, *shape: int) -> nnx.Param:
+  """The same, with random values of variance 1 / inputs; [..., in, out]."""
+  init = jax.nn.initializers.normal(shape[-2] ** -0.5, dtype=jnp.float32)
+  return nnx.Param(init(rngs.params(), shape))
+
+
+def lm_head(base: dict) -> jax.Array:
+  """The target's LM head [D, V] float32, from its weights by path."""
+  if "head/kernel" in base:
+    return jnp.asarray(base["head/kernel"], jnp.float32)
+  return jnp.asarray(base["embed/table"], jnp.float32).T
+
+
+def check_length(drafter: Drafter, trained: int) -> int:
+  """Tokens to draft ahead, of a drafter that was trained for so many.
+
+  Raises: UserError.
+  """
+  length = drafter.length or trained
+  if not 0 < length <= trained:
+    raise UserError(
+      f"draft_length={length}: {drafter.name} was trained for {trained}"
+    )
+  return length
+
+
+def check_own(drafter: Drafter, own: Any):
+  """Raises: UserError unless `own` are weights of this drafter."""
+  if not isinstance(own, drafter.Module):
+    raise UserError(
+      f"this model was trained without {drafter.name}: train it with "
+      f"model.drafter.name={drafter.name}, or name its run as "
+      f"--drafters={drafter.name}=DIR"
+    )

@@ -8,7 +8,7 @@ stream rows in lossless mode.
 
 import dataclasses
 
-from spec_stream.drafters.base import Accepted, Params
+from spec_stream.drafters.base import Accepted, Drafter, Params
 from spec_stream.errors import UserError
 from spec_stream.models.config import ModelConfig
 from spec_stream.models.prune import Prune
@@ -16,7 +16,7 @@ from spec_stream.tree import TreeSpec
 
 
 @dataclasses.dataclass(frozen=True)
-class StreamDraft:
+class StreamDraft(Drafter):
   """tree: its kind and size; num_streams: J' <= J, 0 for all that were trained.
 
   Fewer streams draft less deep and cost less. Not open to models whose main
@@ -29,7 +29,11 @@ class StreamDraft:
 
   name = "streams"
 
-  def resolve(self, config: ModelConfig) -> "StreamDraft":
+  @classmethod
+  def of(cls, tree, length, prune) -> "StreamDraft":
+    return cls(tree, prune, length)
+
+  def resolve(self, config: ModelConfig, own=None) -> "StreamDraft":
     trained = config.streams.num_streams
     num_streams = self.num_streams or trained
     if trained == 0:
@@ -67,12 +71,7 @@ class StreamDraft:
 
   @property
   def longest(self) -> int:
-    if self.tree.kind == "best_first":
-      return 1 + min(self.num_streams, self.tree.num_nodes - 1)
-    return self.tree.longest
-
-  def init(self, params: Params, batch: int):
-    return None
+    return self.tree.reach(self.num_streams)
 
   def propose(self, params: Params, state, accepted: Accepted):
     streams = accepted.streams[:, : max(self.longest - 1, 1)]

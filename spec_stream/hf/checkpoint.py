@@ -172,7 +172,7 @@ def base_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
   """Shapes of all weights but the streams' and the adapters', before any is
   quantised."""
   config = dataclasses.replace(config, quantize="")
-  added = weights.paths(config, *weights.ADAPTERS)
+  added = weights.adapters(config)
   every = weights.shapes(config)
   return {path: x for path, x in every.items() if path not in added}
 

@@ -121,7 +121,9 @@ def configure(settings: dict, vocab_size: int) -> tuple[ModelConfig, str]:
     values = {**settings, **chosen, "vocab_size": vocab_size}
     return model_config.from_dict(values), ""
   streams = StreamConfig(**settings["streams"])
-  return read_config(directory, streams=streams, **chosen), directory
+  model = read_config(directory, streams=streams, **chosen)
+  drafter = model_config.drafter_from_dict(settings["drafter"])
+  return dataclasses.replace(model, drafter=drafter), directory
 
 
 def own_streams(directory: pathlib.Path) -> StreamConfig | None:

@@ -41,21 +41,24 @@ class Rows:
   mask: jax.Array  # [B, R, R] row may attend to the key of row
   positions: jax.Array  # [B, R]
   turn: jax.Array | None = None  # rotation of values (eq. 9), as `rotary`
+  old: jax.Array | None = None  # [B, R, S] slots to see, if not all committed
   num_main: int = flax.struct.field(pytree_node=False, default=0)  # T
   window: int = flax.struct.field(pytree_node=False, default=0)  # 0 = none
 
   def near(self, slots: int, length: jax.Array) -> jax.Array:
     """[B, 1 or R, S] cache slots that a row may attend to; length: [B]."""
     slot = jnp.arange(slots)
-    old = (slot < length[:, None])[:, None]
+    old = (slot < length[:, None])[:, None] if self.old is None else self.old
     if self.window:
       old &= slot > self.positions[..., None] - self.window
     return old
 
 
-def main_rows(config: ModelConfig, positions, mask, slides=False) -> Rows:
+def main_rows(
+  config: ModelConfig, positions, mask, slides=False, old=None
+) -> Rows:
   """Rows without streams. positions: [B, T]; mask: [B, T, T]; slides: for the
-  layers with a sliding window."""
+  layers with a sliding window; old: see `Rows`."""
   rotary, window = None, config.sliding_window if slides else 0
   if config.positions == "rotary":
     turns, factor = frequencies(config, slides)
@@ -63,7 +66,9 @@ def main_rows(config: ModelConfig, positions, mask, slides=False) -> Rows:
   if window:
     mask = mask & (positions[:, :, None] - positions[:, None] < window)
   num_main = positions.shape[1]
-  return Rows(rotary, mask, positions, num_main=num_main, window=window)
+  return Rows(
+    rotary, mask, positions, old=old, num_main=num_main, window=window
+  )
 
 
 def stream_rows(

@@ -1,6 +1,7 @@
 """The shape of a model and of its streams; frozen, hashable, json-able."""
 
 import dataclasses
+from typing import Any
 
 from spec_stream.errors import UserError
 
@@ -77,6 +78,18 @@ class StreamConfig:
       and self.mode == "shared"
       and self.main_attends_streams
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class DrafterConfig:
+  """Weights of a drafter beside the target: a module of `drafters`.
+
+  name: of `drafters.registry`; "" = none. options: what its `Options` differ
+  in from their defaults or not, by name, sorted.
+  """
+
+  name: str = ""
+  options: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +188,7 @@ class ModelConfig:
   param_dtype: str = "float32"
   quantize: str = ""
   streams: StreamConfig = StreamConfig()
+  drafter: DrafterConfig = DrafterConfig()
 
   def __post_init__(self):
     for name in (
@@ -257,18 +271,33 @@ def to_dict(config: ModelConfig) -> dict:
   lists = lambda pairs: {
     key: list(x) if isinstance(x, tuple) else x for key, x in pairs
   }
-  return dataclasses.asdict(config, dict_factory=lists)
+  values = dataclasses.asdict(config, dict_factory=lists)
+  values["drafter"]["options"] = dict(config.drafter.options)
+  return values
+
+
+def _tuples(group: dict) -> dict:
+  return {
+    key: tuple(x) if isinstance(x, list) else x for key, x in group.items()
+  }
+
+
+def drafter_from_dict(values: dict) -> DrafterConfig:
+  """Of {"name": ..., "options": {...}}, as `to_dict` has it."""
+  options = _tuples(values.get("options", {}))
+  rest = {key: x for key, x in values.items() if key != "options"}
+  return DrafterConfig(**rest, options=tuple(sorted(options.items())))
 
 
 def from_dict(values: dict) -> ModelConfig:
   """Inverse of `to_dict`, also after json; an unknown key is a UserError."""
-  tuples = lambda group: {
-    key: tuple(x) if isinstance(x, list) else x for key, x in group.items()
-  }
-  values = tuples(values)
+  values = _tuples(values)
   try:
     streams = StreamConfig(**values.pop("streams", {}))
-    scaling = RopeScaling(**tuples(values.pop("rope_scaling", {})))
-    return ModelConfig(**values, streams=streams, rope_scaling=scaling)
+    drafter = drafter_from_dict(values.pop("drafter", {}))
+    scaling = RopeScaling(**_tuples(values.pop("rope_scaling", {})))
+    return ModelConfig(
+      **values, streams=streams, drafter=drafter, rope_scaling=scaling
+    )
   except TypeError as e:
     raise UserError(f"model config: {e}") from e

@@ -99,6 +99,7 @@ class Transformer(nnx.Module):
     self.streams = Streams(config, rngs=rngs) if some else None
     prunes = some and streams.prune_rank > 0
     self.pruner = Pruner(config, rngs=rngs) if prunes else None
+    self.drafter = nnx.data(None)  # weights of a drafter: see `weights`
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """Final-normed hidden [B, R, D] -> logits [B, R, V], float32 or wider."""
@@ -126,6 +127,7 @@ class Output:
   streams: jax.Array | None  # [B, U, J, D] the same of the streams
   kv: KV  # of the main stream at the T' positions, per layer
   early: jax.Array  # [B, T, D] main stream after layer L-N_s
+  taps: jax.Array | None  # [B, T', n, D] main stream after the layers `taps`
   kept: Any = None  # what `keep` returned beside the rows
 
 
@@ -136,8 +138,10 @@ def forward(
   mask: jax.Array | Segments,
   *,
   cache: KVCache | None = None,
+  cache_mask: jax.Array | None = None,
   streams: jax.Array | str | None = None,
   num_streams: int | None = None,
+  taps: tuple[int, ...] = (),
   keep: Callable[[jax.Array], tuple[jax.Array, Any]] | None = None,
   remat: bool = False,
 ) -> Output:
@@ -149,12 +153,14 @@ def forward(
     positions: [B, T] absolute positions.
     mask: [B, T, T]; True where position (row) may attend to position (column).
       In training `Segments`, which never holds it whole; no cache, no `keep`.
-    cache: committed tokens, all visible to all new ones.
+    cache: committed tokens, all visible to all new ones; or with `cache_mask`
+      [B, T, S], those that it says. Not with streams.
     streams: which positions carry streams: None, ALL, or [B, U] indices into T,
       -1 for none. After `keep`, indices into what it kept.
     num_streams: streams attached, the first J' of the J trained ones; None for
       all. A stream never sees a later one, so fewer change nothing else, but
       where the main stream attends to its streams.
+    taps: layers (0-based) whose output is returned as well.
     keep: chooses, from the hidden states [B, T, D] after layer L-N_s, the rows
       [B, T'] (ascending) that enter the top layers, and returns them with
       whatever the caller wants back as `Output.kept`: see `prune`.
@@ -177,10 +183,12 @@ def forward(
   in_segments = isinstance(mask, Segments)
   make_rows = segment_rows if in_segments else main_rows
   rows = of_kinds(make_rows, positions, mask)
+  if cache_mask is not None:
+    rows = {slides: r.replace(old=cache_mask) for slides, r in rows.items()}
   x = model.embed(tokens)
   if model.positions is not None:
     x = model.positions(x, positions)
-  kv = []
+  kv, tapped = [], {}
 
   def run(x, layers, adapt_from):
     for layer in layers:
@@ -190,6 +198,8 @@ def forward(
       call = _rematerialised(block) if remat else block
       x, new = call(x, kind, old, length, adapt_from)
       kv.append(new)
+      if layer in taps:
+        tapped[layer] = x
     return x
 
   # In lossless mode adapters start at the stream rows: there are none yet.
@@ -203,6 +213,7 @@ def forward(
       x, positions, mask = (at_rows(y, nodes) for y in (x, positions, mask))
       mask = jnp.take_along_axis(mask, nodes[:, None], 2)
       kv = [*take(kv, nodes)]
+      tapped = {layer: at_rows(y, nodes) for layer, y in tapped.items()}
       rows = of_kinds(main_rows, positions, mask)
   num_main = x.shape[1]
   if streams is not None:
@@ -220,7 +231,16 @@ def forward(
   main, out = x[:, :num_main], None
   if streams is not None:
     out = x[:, num_main:].reshape(start.shape)
-  return Output(main=main, streams=out, kv=tuple(kv), early=early, kept=kept)
+  return Output(
+    main=main,
+    streams=out,
+    kv=tuple(kv),
+    early=early,
+    taps=jnp.stack([tapped[l][:, :num_main] for l in taps], 2)
+    if taps
+    else None,
+    kept=kept,
+  )
 
 
 def _rematerialised(block: Block):

@@ -2,13 +2,14 @@
 
 import dataclasses
 
+from spec_stream.drafters import registry
 from spec_stream.errors import UserError
 from spec_stream.models.config import ModelConfig
 
 _CHOICES = {
   "schedule": ("linear", "cosine", "constant"),
   "objective": ("streams", "next_token"),
-  "trainable": ("all", "adapters"),
+  "trainable": ("all", "adapters", "drafter"),
   "target": ("labels", "main"),
 }
 
@@ -28,7 +29,8 @@ class TrainConfig:
     held constant; it is what acceptance compares a draft with.
   prune_weight: of the pruner's loss, which moves nothing but the pruner.
   objective: "next_token" builds the model without streams: the baseline.
-  trainable: "adapters" trains LoRA, streams and pruner, and freezes the base.
+  trainable: "adapters" trains LoRA, streams, pruner and model.drafter, and
+    freezes the base; "drafter" trains model.drafter alone.
   init_from: workdir of an earlier run, or a Hugging Face directory (which is
     what config.model.checkpoint sets). Its base weights (LoRA of shared mode
     folded in) and its tokenizer start this one, and a run's streams and
@@ -113,12 +115,21 @@ def resolve(model: ModelConfig, train: TrainConfig) -> ModelConfig:
 
   Raises: UserError if they contradict each other.
   """
+  if model.drafter.name:
+    registry.options(model.drafter)
+    if train.trainable != "drafter" and model.streams.num_streams:
+      raise UserError(
+        f"train either streams or model.drafter.name={model.drafter.name}: set "
+        "model.streams.num_streams=0, or train.trainable=drafter"
+      )
+  elif train.trainable == "drafter":
+    raise UserError("train.trainable=drafter needs model.drafter.name")
   if train.objective == "next_token":
     streams = dataclasses.replace(model.streams, num_streams=0)
     model = dataclasses.replace(model, streams=streams)
   streams = model.streams
   stream_weights(train.stream_weight, streams.num_streams)
-  if model.quantize and train.trainable != "adapters":
+  if model.quantize and train.trainable == "all":
     raise UserError(
       f"model.quantize={model.quantize} is for a frozen base: set "
       "train.trainable=adapters"
@@ -129,21 +140,23 @@ def resolve(model: ModelConfig, train: TrainConfig) -> ModelConfig:
       "small updates: set model.param_dtype=float32 (model.dtype may stay), or "
       "train.trainable=adapters"
     )
-  if streams.mode == "lossless" and train.trainable != "adapters":
+  if streams.mode == "lossless" and train.trainable == "all":
     if streams.num_streams:
       raise UserError(
         "model.streams.mode=lossless leaves the base model as it is: set "
         "train.trainable=adapters, and model.checkpoint=HF_DIR or "
         "train.init_from=WORKDIR of a base run"
       )
-  if train.trainable == "adapters":
+  if train.trainable != "all":
     if not train.init_from:
       raise UserError(
-        "train.trainable=adapters freezes the base model, which here is fresh "
-        "and untrained: set model.checkpoint=HF_DIR or train.init_from=WORKDIR "
-        "of a base run"
+        f"train.trainable={train.trainable} freezes the base model, which here "
+        "is fresh and untrained: set model.checkpoint=HF_DIR or "
+        "train.init_from=WORKDIR of a base run"
       )
-    if not (streams.num_streams or streams.lora_rank):
+  if train.trainable == "adapters":
+    drafter = model.drafter.name
+    if not (streams.num_streams or streams.lora_rank or drafter):
       raise UserError(
         "train.trainable=adapters has nothing to train: set "
         "model.streams.lora_rank or num_streams above 0"

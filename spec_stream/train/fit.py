@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from spec_stream import checkpoints, sharding, weights
 from spec_stream.checkpoints import Saver
 from spec_stream.data.pipeline import DataConfig, train_iterator
+from spec_stream.drafters import registry
 from spec_stream.errors import UserError
 from spec_stream.hf import checkpoint as hf
 from spec_stream.hf import config as hf_config
@@ -63,6 +64,8 @@ def fit(
   base = {}
   if train.init_from and not last:
     base = load_base(train.init_from, model, mesh)
+    base = _start_drafter(model, base)
+    _check_streams(train, model, base)
   elif last:
     base = checkpoints.read_base(workdir, checkpoints.abstract(model, mesh))
     _check_base(workdir, model, train, base)
@@ -251,9 +254,7 @@ def _flat(values: dict, prefix: str = "") -> dict:
 
 def _check_base(workdir, model: ModelConfig, train: TrainConfig, base):
   """Raises: UserError where weights that are not trained would start afresh."""
-  if train.trainable != "adapters":
-    return
-  frozen = set(weights.shapes(model)) - weights.paths(model, *weights.ADAPTERS)
+  frozen = set(weights.shapes(model)) - states.trained_paths(model, train)
   missing = sorted(frozen - set(base))
   if missing:
     raise UserError(
@@ -279,7 +280,8 @@ def load_base(
   """Weights of an earlier run: its base, LoRA of shared mode folded in; or of
   a Hugging Face checkpoint.
 
-  If its streams are configured as here, they and the adapters go on as well.
+  If its streams are configured as here, they and the adapters go on as well;
+  and so does its drafter.
 
   Raises: UserError if that run's base model is not this one's.
   """
@@ -290,7 +292,7 @@ def load_base(
   theirs = run.model.config
   for field in dataclasses.fields(ModelConfig):
     old, new = getattr(theirs, field.name), getattr(model, field.name)
-    free = ("streams", "dtype", "param_dtype", "quantize")
+    free = ("streams", "drafter", "dtype", "param_dtype", "quantize")
     if field.name not in free and old != new:
       raise UserError(
         f"train.init_from={workdir} has model.{field.name}={old}, here it is "
@@ -301,6 +303,8 @@ def load_base(
     old, fresh = run.model, frozenset()
   else:
     old = transformer.merge_lora(run.model)
+  if theirs.drafter != model.drafter:
+    fresh |= weights.of_drafter(model)
   if theirs.quantize not in ("", model.quantize):
     raise UserError(
       f"train.init_from={workdir} has model.quantize={theirs.quantize}: bits "
@@ -320,6 +324,25 @@ def load_base(
     for path, x in base.items()
     if path in own and path not in fresh
   }
+
+
+def _start_drafter(model: ModelConfig, base):
+  """Adds what a new drafter copies from the target, such as its LM head."""
+  if not model.drafter.name or weights.of_drafter(model) & set(base):
+    return base
+  module = registry.trained(model.drafter.name).Module
+  return base | module.start(model, base)
+
+
+def _check_streams(train: TrainConfig, model: ModelConfig, base):
+  """Raises: UserError if a drafter would be trained beside fresh streams."""
+  fresh = weights.paths(model, *weights.ADAPTERS) - set(base)
+  if train.trainable == "drafter" and fresh:
+    raise UserError(
+      f"train.init_from={train.init_from} has no streams or adapters such as "
+      "model.streams asks for, and train.trainable=drafter trains none: set "
+      "model.streams as there, or train.objective=next_token for a plain target"
+    )
 
 
 def prepare_tokenizer(workdir: str, data: DataConfig, train: TrainConfig):

@@ -3,6 +3,7 @@
     L = a_0 mean CE(main at i -> token i+1)
       + sum_j a_j mean CE(stream j at i -> token i+1+j, or main at i+j)
       + CE(early exit at i -> token i+1), which moves the pruner alone
+      + the loss of a drafter beside the target, see its module
 
 A target counts if its token belongs to the completion (`loss_mask`) of the
 segment of i. Each mean is over all targets of its kind in the global batch.
@@ -18,12 +19,15 @@ V vocabulary, R rows.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from spec_stream.drafters import registry
 from spec_stream.models.attention import at_rows
+from spec_stream.models.config import ModelConfig
 from spec_stream.models.prune import PruneParam
 from spec_stream.models.segments import Segments
 from spec_stream.models.transformer import Transformer, forward
@@ -38,6 +42,8 @@ Metrics = dict[str, jax.Array]
 class LossConfig:
   """Weights of the terms: a_0, a_j (one number or J of them), the pruner's.
 
+  streams: whether streams and pruner count at all: not where a drafter alone is
+    trained.
   target, segment, remat: see `TrainConfig`.
   remat_logits: compute logits again in the backward pass rather than keep them.
   """
@@ -45,6 +51,7 @@ class LossConfig:
   main_weight: float = 1.0
   stream_weight: float | tuple[float, ...] = 0.1
   prune_weight: float = 1.0
+  streams: bool = True
   target: str = "labels"
   segment: int = 0
   remat: bool = False
@@ -70,25 +77,41 @@ def _places(batch: Batch) -> jax.Array:
   return jnp.where(batch["stream_mask"], batch["stream_at"], -1)
 
 
-def counts(batch: Batch, num_streams: int) -> jax.Array:
-  """[1 + J] number of targets of the main stream and of streams 1..J."""
+def reach(config: ModelConfig) -> int:
+  """Tokens ahead of the main stream's that training asks for."""
+  length = 0
+  if config.drafter.name:
+    length = registry.options(config.drafter).length
+  return max(config.streams.num_streams, length)
+
+
+def counts(batch: Batch, ahead: int) -> jax.Array:
+  """[1 + ahead] number of targets of the main stream and 1.. tokens on."""
   at = _places(batch)
-  valid = [targets(batch, at, 1 + j)[1] for j in range(1 + num_streams)]
+  valid = [targets(batch, at, 1 + j)[1] for j in range(1 + ahead)]
   return jnp.stack([x.sum() for x in valid])
 
 
 def cross_entropy(
-  model: Transformer, hidden, labels, valid, *, teacher=None, remat=False
+  model: Transformer,
+  hidden,
+  labels,
+  valid,
+  *,
+  teacher=None,
+  remat=False,
+  score=Transformer.logits,
 ):
   """Sums over valid rows of the cross-entropy and of right argmaxes.
 
   hidden: [B, R, D] final-normed; labels, valid: [B, R]. teacher: [B, R, D]
   hidden whose distribution is the target in place of the labels, and whose
-  argmax is then what is right; it gets no gradient.
+  argmax is then what is right; it gets no gradient. score: (model, hidden) ->
+  logits [B, R, V], of whatever `hidden` is.
   """
 
   def sums(model, hidden, labels, teacher):
-    logits = model.logits(hidden)
+    logits = score(model, hidden)
     if teacher is None:
       right = jnp.take_along_axis(logits, labels[..., None], -1)[..., 0]
     else:
@@ -114,7 +137,7 @@ def loss(
   """The loss and its parts.
 
   Args:
-    model: with J streams, or none: then only the main term is left.
+    model: with J streams or none, a drafter or none.
     batch: tokens, segment_ids, positions [B, T] int32, loss_mask [B, T] bool,
       stream_at [B, U] int32 indices into T, stream_mask [B, U] bool: every
       position before a completion token (see `data.pipeline`).
@@ -125,19 +148,20 @@ def loss(
   Returns:
     the scalar, and loss, loss_main, accuracy_main, loss_stream_1..,
     accept_1.. (share of targets that stream j's argmax hits: the token, or the
-    main stream's own argmax for target "main"), loss_prune.
+    main stream's own argmax for target "main"), loss_prune; of a drafter
+    loss_draft_1.. in place of the streams'.
   """
   num_streams = model.config.streams.num_streams
-  weights = stream_weights(config.stream_weight, num_streams)
-  count = counts(batch, num_streams) if count is None else count
+  count = counts(batch, reach(model.config)) if count is None else count
   count = jnp.maximum(count, 1).astype(jnp.float32)
-  at = _places(batch)
+  at, drafter = _places(batch), model.drafter
   out = forward(
     model,
     batch["tokens"],
     batch["positions"],
     Segments(batch["segment_ids"], config.segment),
     streams=at if num_streams else None,
+    taps=() if drafter is None else drafter.taps,
     remat=config.remat,
   )
   head = dict(remat=config.remat_logits)
@@ -148,28 +172,70 @@ def loss(
   ce, hits = cross_entropy(model, main, labels, valid, **head)
   metrics = {"loss_main": ce / count[0], "accuracy_main": hits / count[0]}
   total = config.main_weight * metrics["loss_main"]
-  if model.pruner is not None:
+  if model.pruner is not None and config.streams:
     frozen = _pruner_alone(model)
     early = jax.lax.stop_gradient(at_rows(out.early, at))
     early = frozen.final_norm(frozen.pruner(early))
     ce, _ = cross_entropy(frozen, early, labels, valid, **head)
     metrics["loss_prune"] = ce / count[0]
     total += config.prune_weight * metrics["loss_prune"]
-  for j in range(1, num_streams + 1):
-    labels, valid = targets(batch, at, 1 + j)
-    hidden, teacher = out.streams[:, :, j - 1], None
-    if config.target == "main":
-      last = out.main.shape[1] - 1
-      teacher = at_rows(
-        jax.lax.stop_gradient(out.main), jnp.minimum(at + j, last)
-      )
-    ce, hits = cross_entropy(
-      model, hidden, labels, valid, teacher=teacher, **head
-    )
-    metrics[f"loss_stream_{j}"] = ce / count[j]
-    metrics[f"accept_{j}"] = hits / count[j]
-    total += weights[j - 1] * metrics[f"loss_stream_{j}"]
+  rest = (model, batch, at, out.main, config, count)
+  if num_streams and config.streams:
+    weights = stream_weights(config.stream_weight, num_streams)
+    hidden = [out.streams[:, :, j] for j in range(num_streams)]
+    more, parts = ahead(*rest, weights, hidden, name="stream")
+    total, metrics = total + more, metrics | parts
+  if drafter is not None:
+    more, parts = drafter.loss(*rest, out)
+    total, metrics = total + more, metrics | parts
   return total, {"loss": total, **metrics}
+
+
+def ahead(
+  model: Transformer,
+  batch: Batch,
+  at: jax.Array,
+  main: jax.Array,
+  config: LossConfig,
+  count: jax.Array,
+  weights: Sequence[float],
+  hidden: Sequence,
+  scores: Sequence = (),
+  name: str = "draft",
+) -> tuple[jax.Array, Metrics]:
+  """Of what is said at `at` of the tokens that follow the main stream's.
+
+  Args:
+    at: [B, U] positions, -1 for none.
+    main: [B, T, D] final-normed hidden of the main stream, the teacher of
+      target "main".
+    count: [1 + J or more] number of targets, see `counts`.
+    weights: one for each of the J tokens.
+    hidden: of each of the J tokens what its `score` makes logits of.
+    scores: (model, hidden) -> [B, U, V], of each; the model's head if left out.
+
+  Returns: the weighted sum, and loss_<name>_j and accept_j for j = 1..J.
+  """
+  total, metrics = jnp.zeros(()), {}
+  for j in range(1, len(hidden) + 1):
+    labels, valid = targets(batch, at, 1 + j)
+    teacher = None
+    if config.target == "main":
+      last = main.shape[1] - 1
+      teacher = at_rows(jax.lax.stop_gradient(main), jnp.minimum(at + j, last))
+    ce, hits = cross_entropy(
+      model,
+      hidden[j - 1],
+      labels,
+      valid,
+      teacher=teacher,
+      remat=config.remat_logits,
+      score=scores[j - 1] if scores else Transformer.logits,
+    )
+    metrics[f"loss_{name}_{j}"] = ce / count[j]
+    metrics[f"accept_{j}"] = hits / count[j]
+    total += weights[j - 1] * metrics[f"loss_{name}_{j}"]
+  return total, metrics
 
 
 def _pruner_alone(model: Transformer) -> Transformer:

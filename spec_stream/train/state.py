@@ -72,6 +72,16 @@ def _decays(path: str) -> bool:
   return path.rsplit("/", 1)[-1] not in ("scale", "bias", "table", "embed")
 
 
+def trained_paths(model: ModelConfig, config: TrainConfig) -> frozenset[str]:
+  """Paths of the weights that training moves."""
+  chosen = {
+    "all": lambda model: frozenset(weights.shapes(model)),
+    "adapters": weights.adapters,
+    "drafter": weights.of_drafter,
+  }
+  return chosen[config.trainable](model)
+
+
 def init(
   model: ModelConfig, config: TrainConfig, mesh: Mesh, base: Weights = _NONE
 ) -> tuple[TrainState, TrainState]:
@@ -83,9 +93,7 @@ def init(
   Raises: UserError if the mesh does not divide the model.
   """
   shapes = weights.shapes(model)
-  names = set(shapes)
-  if config.trainable == "adapters":
-    names = weights.paths(model, *weights.ADAPTERS)
+  names = trained_paths(model, config)
   place = sharding.weight_shardings(mesh, shapes)
   tx = optimizer(model, config)
 

@@ -26,7 +26,7 @@ def make_step(
   """
   tx, rate = states.optimizer(model, config), states.schedule(config)
   loss_config = _loss_config(model, config)
-  num_streams = model.streams.num_streams
+  ahead = losses.reach(model)
   pruner = weights.paths(model, PruneParam)
 
   def gradient(trained, frozen, batch, count):
@@ -37,7 +37,7 @@ def make_step(
     return jax.grad(loss, has_aux=True)(trained)
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    count = losses.counts(batch, num_streams)
+    count = losses.counts(batch, ahead)
 
     def add(total, part):
       new = gradient(state.trained, state.frozen, part, count)
@@ -73,9 +73,11 @@ def make_step(
 
 
 def _loss_config(model: ModelConfig, config: TrainConfig) -> losses.LossConfig:
+  alone = config.trainable == "drafter"
   lossless = model.streams.mode == "lossless" and model.streams.num_streams
   return losses.LossConfig(
-    main_weight=0.0 if lossless else config.main_weight,
+    main_weight=0.0 if lossless or alone else config.main_weight,
+    streams=not alone,
     stream_weight=config.stream_weight,
     prune_weight=config.prune_weight,
     target=config.target,
