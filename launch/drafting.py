@@ -5,6 +5,7 @@ import json
 from absl import flags
 
 from common import UserError
+from spec_stream.drafters import registry
 
 WORKDIR = flags.DEFINE_string(
   "workdir", None, "Directory of the run, as launch/train.py wrote it."
@@ -112,16 +113,13 @@ def define_sampling():
 
 
 DRAFTERS_HELP = (
-  "none, streams, draft_model, prompt_lookup, lookahead, medusa, hydra, "
-  "redrafter, eagle; those with weights of another run as NAME=WORKDIR, found "
-  "in WORKDIR/drafters/NAME without it."
+  f"{', '.join(registry.DRAFTERS)}; one with weights of another run as "
+  "NAME=DIR, or as NAME if they lie in WORKDIR/drafters/NAME."
 )
 
 
 def split(drafter: str) -> tuple[str, str]:
   """NAME or NAME=DIR -> (name, directory); refuses an unknown name."""
-  from spec_stream.drafters import registry
-
   name, _, directory = drafter.partition("=")
   registry.get(name)
   return name, directory
@@ -137,7 +135,6 @@ def own(drafter: str, run, workdir: str):
 
 def make(drafter: str, tree_nodes: int = 0):
   """The drafter of the flags; it is checked against a model when used."""
-  from spec_stream.drafters import registry
   from spec_stream.models.prune import Prune
   from spec_stream.tree import TreeSpec
 

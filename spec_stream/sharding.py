@@ -45,7 +45,7 @@ RULES = (
   (rf"{_BLOCK}/ffw/down/kernel", P("tensor", "fsdp")),
   (rf"{_BLOCK}/ffw/down/lora_a", P("tensor", None)),
   (rf"{_BLOCK}/(attention/out|ffw/down)/lora_b", P(None, "fsdp")),
-  (r"streams/(embed|map_a|map_b)", P()),
+  (r"streams/(embed|map_a|map_b|correct_a|correct_b)", P()),
   (r"pruner/[ab]", P()),
   # Of drafters: matrices [in, out], of several heads [heads, in, out].
   (r"drafter/\w+_bias", P()),

@@ -39,7 +39,14 @@ def case(name, tree, ahead=0, target=PLAIN, own=None, **options):
 best = lambda nodes: TreeSpec("best_first", nodes)
 CHAIN = TreeSpec("chain")
 PATHS = TreeSpec("paths", paths=((0,), (2,), (0, 1), (2, 0), (0, 1, 1)))
+CORRECTED = dataclasses.replace(
+  STREAMS["lossless"][0],
+  streams=StreamConfig(
+    mode="lossless", lora_rank=2, num_stream_layers=2, correction_rank=3
+  ),
+)
 CASES = {
+  "streams, corrected": case("streams", best(10), target=CORRECTED),
   "prompt_lookup": case("prompt_lookup", best(10), 3),
   "prompt_lookup, chain": case("prompt_lookup", CHAIN, target=ATTENDS),
   "lookahead": case("lookahead", best(21), 2),

@@ -39,6 +39,25 @@ def layers_of(config, values, tokens):
   return np.stack(out)
 
 
+def streams(config, values, own, before, root):
+  """Streams whose logits take a term from the token before (no paper's)."""
+  del own
+  above = [range(t + 1) for t in range(len(before))]
+  order, last = list(range(len(before))), len(before) - 1
+  count = config.streams.num_streams
+  rows, _ = reference.forward(
+    config, values, before, order, above, [last], count
+  )
+  reading, embed = reference.Reading(config, values), values["embed/table"]
+
+  def score(path):
+    word = embed[[root, *path][-1]]
+    more = word @ values["streams/correct_a"] @ values["streams/correct_b"]
+    return reading.logits(rows[last, len(path) + 1]) + more
+
+  return score
+
+
 def medusa(config, values, own, before, root):
   del own, root
   h = hidden_of(config, values, before)[-1]
@@ -190,6 +209,7 @@ def product(score, drafter):
 
 
 READINGS = {
+  "streams, corrected": (streams, by_level),
   "medusa": (medusa, product),
   "hydra": (hydra, by_level),
   "hydra, paths": (hydra, fixed),

@@ -2,22 +2,36 @@
 that are those it was trained to make."""
 
 import dataclasses
+import pathlib
+import re
+import sys
+import types
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_drafters import CASES, PLAIN, case, decoder, make
+from random_drafters import (
+  ATTENDS,
+  CASES,
+  CORRECTED,
+  PLAIN,
+  case,
+  decoder,
+  make,
+)
 from random_models import random_requests, row
 
 from spec_stream import ties
 from spec_stream.decode import Decoder, collect, stream
+from spec_stream.drafters import registry
 from spec_stream.drafters.none import NoDraft
 from spec_stream.errors import UserError
 from spec_stream.sampling import make as make_sampling
 from spec_stream.train import losses
 from spec_stream.tree import TreeSpec
 
+ROOT = pathlib.Path(__file__).parent.parent
 SEEDS = st.integers(0, 2**32 - 1)
 
 
@@ -111,6 +125,7 @@ def test_streaming_gives_the_same(x64, name):
 # -- training and drafting are the same function -----------------------------
 
 TRAINED = {
+  "streams, corrected": case("streams", TreeSpec("chain"), target=CORRECTED),
   "medusa": case("medusa", TreeSpec("chain"), length=4, layers=2),
   "hydra": case("hydra", TreeSpec("chain"), length=4),
   "redrafter": case("redrafter", TreeSpec("chain"), length=4),
@@ -137,7 +152,8 @@ def test_training_finds_right_what_drafting_proposes(x64, name):
     "stream_at": np.array([[at]], np.int32),
     "stream_mask": np.ones((1, 1), bool),
   }
-  config = losses.LossConfig(main_weight=0.0, streams=False)
+  alone = TRAINED[name].drafter.Module is not None
+  config = losses.LossConfig(main_weight=0.0, streams=not alone)
   total, metrics = losses.loss(model, batch, config)
   assert np.isfinite(total)
   for j in range(1, len(chain)):
@@ -147,6 +163,32 @@ def test_training_finds_right_what_drafting_proposes(x64, name):
     other["tokens"][0, at + 1 + j] = (text[at + 1 + j] + 1) % 11
     _, metrics = losses.loss(model, other, config)
     assert metrics[f"accept_{j}"] == 0
+
+
+# -- the example of CONTRIBUTING.md ------------------------------------------
+
+
+def test_a_new_drafter_is_a_file_and_a_line(x64, monkeypatch):
+  text = (ROOT / "CONTRIBUTING.md").read_text()
+  (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+  assert code.count("\n") < 36
+  module = types.ModuleType("spec_stream.drafters.repeat")
+  monkeypatch.setitem(sys.modules, module.__name__, module)
+  exec(compile(code, "repeat.py", "exec"), module.__dict__)
+  monkeypatch.setitem(registry.DRAFTERS, "repeat", "repeat:Repeat")
+  found = case("repeat", TreeSpec("chain"), 3, target=ATTENDS)
+  for seed in range(3):
+    prompts, options = requests(seed, 3, sampled=True)
+    model, _ = make(found, seed)
+    plain = decode(Decoder(model, NoDraft()), prompts, options)
+    fast = decode(Decoder(model, found.drafter), prompts, options)
+    assert [x.token_ids for x in fast] == [x.token_ids for x in plain]
+  model, _ = make(case("repeat", TreeSpec("chain")), 1)
+  (tree,) = {
+    tuple(x.tree.tokens.tolist())
+    for x in list(stream(model, [3], found.drafter, max_new_tokens=3))[1:2]
+  }
+  assert len(tree) == 4 and len(set(tree)) == 1
 
 
 # -- words for people --------------------------------------------------------

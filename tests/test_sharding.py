@@ -40,7 +40,7 @@ ROWS = 4 * (((3, 4), (2, 5)),)
 STREAMS = [
   StreamConfig(),
   StreamConfig(num_streams=0),
-  StreamConfig(lora_rank=4, lora_layers="all", map_rank=2),
+  StreamConfig(lora_rank=4, lora_layers="all", map_rank=2, correction_rank=2),
   StreamConfig(stream_id="rotation", lora_rank=2, mode="lossless"),
 ]
 DRAFTERS = {

@@ -26,8 +26,7 @@ def get(name: str) -> type:
       f"unknown drafter '{name}': known ones are {', '.join(DRAFTERS)}"
     )
   file, cls = DRAFTERS[name].split(":")
-  package = "" if "." in file else "spec_stream.drafters."
-  return getattr(importlib.import_module(package + file), cls)
+  return getattr(importlib.import_module(f"spec_stream.drafters.{file}"), cls)
 
 
 def trained(name: str) -> type:

@@ -4,15 +4,21 @@ The J streams of the last accepted token predict the J tokens after the new
 root, each on its own; a tree over their candidates is the next draft.
 Parameters beyond the target's: J D stream embeddings (shared mode), and LoRA on
 stream rows in lossless mode.
+
+With `model.streams.correction_rank` R, a step beyond the paper, a drafted token
+adds a term of rank R to the logits of its children, R (D + V) parameters, and
+the tree grows level by level.
 """
 
 import dataclasses
 
+from spec_stream.drafters import grow
 from spec_stream.drafters.base import Accepted, Drafter, Params
 from spec_stream.errors import UserError
 from spec_stream.models.config import ModelConfig
 from spec_stream.models.prune import Prune
-from spec_stream.tree import TreeSpec
+from spec_stream.models.transformer import Transformer
+from spec_stream.tree import TokenTree, TreeSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +56,9 @@ class StreamDraft(Drafter):
         f"num_streams={num_streams}: the main stream of this model attends to "
         f"its streams, so all {trained} must be attached"
       )
-    tree = self.tree.resolve(num_streams, config.vocab_size)
+    grows = config.streams.correction_rank > 0
+    resolve = grow.resolve if grows else TreeSpec.resolve
+    tree = resolve(self.tree, num_streams, config.vocab_size)
     kept, threshold = self.prune.kept_nodes, self.prune.threshold
     if not 0 <= kept <= tree.num_nodes:
       raise UserError(
@@ -75,5 +83,21 @@ class StreamDraft(Drafter):
 
   def propose(self, params: Params, state, accepted: Accepted):
     streams = accepted.streams[:, : max(self.longest - 1, 1)]
-    logits = params.target.logits(streams)
+    target = params.target
+    logits = target.logits(streams)
+    if target.config.streams.correction_rank:
+      return self._grown(target, accepted.root, logits), state
     return self.tree.build(accepted.root, logits), state
+
+  def _grown(self, target: Transformer, root, logits) -> TokenTree:
+    """Stream j's logits [B, J, V] with what the token before it adds."""
+
+    def follow(level, tokens):
+      more = target.streams.correction(target.embed(tokens))
+      return logits[:, level, None] + more
+
+    def extend(level, tokens, parents):
+      return follow(level, tokens), level + 1
+
+    first = follow(0, root[:, None])[:, 0]
+    return grow.grow(self.tree, self.num_streams, root, first, 1, extend)

@@ -37,6 +37,8 @@ class StreamConfig:
     pi / (2 (longest sequence + J)).
   stream_position: rotary position of stream j at t: "future" t+j, "same" t.
   map_rank: rank of f in eq. 3; 0 = identity, as in all the paper's runs.
+  correction_rank: rank of what a drafted token adds to the logits of its
+    children, which streams alone do not see; 0 = nothing, as in the paper.
   lora_rank: 0 = no adapters. lora_layers: "streams" (MSA layers) or "all".
   prune_rank: rank of o_theta of the early-exit pruner; 0 = no pruner.
   """
@@ -49,6 +51,7 @@ class StreamConfig:
   rotation_eps: float = 0.001
   stream_position: str = "future"
   map_rank: int = 0
+  correction_rank: int = 0
   lora_rank: int = 0
   lora_alpha: float = 32.0
   lora_layers: str = "streams"
@@ -57,7 +60,8 @@ class StreamConfig:
   def __post_init__(self):
     for name, allowed in _CHOICES.items():
       _check_choice("model.streams", self, name, allowed)
-    for name in ("num_streams", "map_rank", "lora_rank", "prune_rank"):
+    ranks = ("map_rank", "correction_rank", "lora_rank", "prune_rank")
+    for name in ("num_streams", *ranks):
       if getattr(self, name) < 0:
         raise UserError(f"model.streams.{name} must not be negative")
     if self.num_streams and self.num_stream_layers < 1:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spec_stream.models.config import ModelConfig
+from spec_stream.models.layers import wide
 
 
 class StreamParam(nnx.Param):
@@ -35,6 +36,18 @@ class Streams(nnx.Module):
     self.map_a = weight(normal(std), down) if rank else None
     zeros = jax.nn.initializers.zeros
     self.map_b = weight(zeros, down[::-1]) if rank else None
+    rank = streams.correction_rank
+    down, up = (config.width, rank), (rank, config.vocab_size)
+    self.correct_a = weight(normal(std), down) if rank else None
+    self.correct_b = weight(zeros, up) if rank else None
+
+  def correction(self, words: jax.Array) -> jax.Array:
+    """What a token, by its embedding [..., D], adds to the logits [..., V] of
+    the stream that speaks of the next one. Not in the paper: its streams guess
+    each position whatever was guessed before it."""
+    low = words @ self.correct_a[...].astype(words.dtype)
+    up = self.correct_b[...].astype(words.dtype)
+    return jnp.matmul(low, up, preferred_element_type=wide(words.dtype))
 
   def __call__(self, main: jax.Array, num_streams: int) -> jax.Array:
     """main [B, U, D] at the insertion layer -> streams [B, U, J, D]."""

@@ -183,12 +183,26 @@ def loss(
   if num_streams and config.streams:
     weights = stream_weights(config.stream_weight, num_streams)
     hidden = [out.streams[:, :, j] for j in range(num_streams)]
-    more, parts = ahead(*rest, weights, hidden, name="stream")
+    scores = ()
+    if model.config.streams.correction_rank:
+      last = batch["tokens"].shape[1] - 1
+      word = lambda j: model.embed(
+        at_rows(batch["tokens"], jnp.minimum(at + j, last))
+      )
+      hidden = [(x, word(j)) for j, x in enumerate(hidden, 1)]
+      scores = [_corrected] * num_streams
+    more, parts = ahead(*rest, weights, hidden, scores, name="stream")
     total, metrics = total + more, metrics | parts
   if drafter is not None:
     more, parts = drafter.loss(*rest, out)
     total, metrics = total + more, metrics | parts
   return total, {"loss": total, **metrics}
+
+
+def _corrected(model: Transformer, hidden) -> jax.Array:
+  """Logits of a stream, given its hidden state and the token before."""
+  stream, word = hidden
+  return model.logits(stream) + model.streams.correction(word)
 
 
 def ahead(
