@@ -193,7 +193,7 @@ def test_bad_requests(prompts, options, why):
 @pytest.mark.parametrize(
   ("drafter", "why"),
   [
-    (StreamDraft(num_streams=4), "num_streams=4: .* trained with 3"),
+    (StreamDraft(num_streams=4), "draft_length=4: .* has 3 streams"),
     (StreamDraft(TreeSpec("chain", num_nodes=6)), "deep|3 streams"),
     (StreamDraft(prune=Prune(kept_nodes=99)), "kept_nodes=99"),
     (StreamDraft(prune=Prune(threshold=1.5)), "prune_threshold=1.5"),

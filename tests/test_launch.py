@@ -180,7 +180,7 @@ MISTAKES = {
   "tokens and 62 new ones do not fit the cache of 64": (
     [RUN, "--prompt=red", "--max_new_tokens=62"]
   ),
-  "is 2 deep but the model drafts with 1 streams": (
+  "is 2 deep but the drafts reach 1 tokens ahead": (
     [*SHORT, "--prompt=a", "--tree=deep.json"]
   ),
   "best_first tree of 900 nodes does not fit": (
@@ -192,8 +192,8 @@ MISTAKES = {
     [*SHORT, "--prompt=a", "--tree=words.json"]
   ),
   "has no pruner": [*SHORT, "--prompt=a", "--kept_nodes=2"],
-  "num_streams=4: this model was trained with 1": (
-    [*SHORT, "--prompt=a", "--num_streams=4"]
+  "draft_length=4: this model has 1 streams": (
+    [*SHORT, "--prompt=a", "--draft_length=4"]
   ),
   'bad.jsonl, line 2: needs either "prompt" or "token_ids"': (
     [*SHORT, "--prompts_file=bad.jsonl", "--json"]
@@ -304,7 +304,7 @@ def benchmarked(folder):
   return call_all(
     "benchmark",
     {
-      "unknown drafter 'medusa'": ([RUN, "--drafters=none,medusa"], ""),
+      "unknown drafter 'medusae'": ([RUN, "--drafters=none,medusae"], ""),
       "--tree_nodes=4,x": ([RUN, "--tree_nodes=4,x"], ""),
       "repeats=0 must be": ([RUN, "--repeats=0"], ""),
       "unknown split 'tests'": ([RUN, "--split=tests"], ""),

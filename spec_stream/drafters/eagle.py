@@ -62,7 +62,7 @@ def _layer(config: ModelConfig) -> ModelConfig:
     param_dtype="float32",
     quantize="",
     sliding_layers=(),
-    streams=StreamConfig(num_streams=0),
+    streams=StreamConfig(num_streams=0, num_stream_layers=1),
   )
 
 

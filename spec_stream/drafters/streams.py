@@ -49,11 +49,11 @@ class StreamDraft(Drafter):
       )
     if not 0 < num_streams <= trained:
       raise UserError(
-        f"num_streams={num_streams}: this model was trained with {trained}"
+        f"draft_length={num_streams}: this model has {trained} streams"
       )
     if config.streams.attends and num_streams != trained:
       raise UserError(
-        f"num_streams={num_streams}: the main stream of this model attends to "
+        f"draft_length={num_streams}: the main stream of this model attends to "
         f"its streams, so all {trained} must be attached"
       )
     grows = config.streams.correction_rank > 0
