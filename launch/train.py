@@ -29,7 +29,8 @@ def main(argv):
   from spec_stream.data.pipeline import DataConfig
   from spec_stream.hf import config as hf_config
   from spec_stream.train.config import TrainConfig, resolve
-  from spec_stream.train.fit import fit, prepare_tokenizer
+  from spec_stream.train.fit import fit
+  from spec_stream.train.start import prepare_tokenizer
 
   config, workdir = _CONFIG.value, _WORKDIR.value
   data = DataConfig(**config.data)

@@ -15,7 +15,7 @@ from spec_stream.data.pipeline import DataConfig
 from spec_stream.data.tokenizer import Tokenizer
 from spec_stream.errors import UserError
 from spec_stream.models.config import to_dict
-from spec_stream.train import fit
+from spec_stream.train import start
 from spec_stream.train import state as states
 
 
@@ -27,7 +27,7 @@ def saved(tmp_path_factory):
   tokenizer = Tokenizer.train(texts, tiny.DATA["vocab_size"])
   model = dataclasses.replace(tiny.SMALL, vocab_size=tokenizer.vocab_size)
   data = DataConfig(**tiny.DATA)
-  checkpoints.write_config(workdir, fit.describe(model, data, tiny.TRAIN))
+  checkpoints.write_config(workdir, start.describe(model, data, tiny.TRAIN))
   tokenizer.save(str(workdir / "tokenizer.json"))
   state, _ = states.init(model, tiny.TRAIN, sharding.make_mesh())
   source = tiny.iterator()

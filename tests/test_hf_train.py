@@ -21,7 +21,7 @@ from spec_stream.hf import checkpoint
 from spec_stream.hf import config as hf_config
 from spec_stream.models import quant
 from spec_stream.models.config import StreamConfig
-from spec_stream.train import fit
+from spec_stream.train import fit, start
 from spec_stream.train.config import resolve
 from spec_stream.tree import TreeSpec
 
@@ -67,7 +67,7 @@ def train(workdir, source, train=TRAIN, **settings):
   train = dataclasses.replace(train, init_from=str(source))
   model = hf_config.read_config(source, streams=STREAMS, **settings)
   model = resolve(model, train)
-  tokenizer = fit.prepare_tokenizer(workdir, data, train)
+  tokenizer = start.prepare_tokenizer(workdir, data, train)
   mesh = sharding.make_mesh(data=1, fsdp=-1)
   return fit.fit(workdir, model, data, train, tokenizer, mesh)
 
@@ -168,13 +168,13 @@ def test_a_run_without_its_base_does_not_go_on(source, run, tmp_path):
 def test_an_exported_run_goes_on_with_its_streams(source, run, tmp_path):
   tuned = checkpoints.load_run(run)
   export.merge(tuned, tmp_path / "out")
-  found = fit.load_base(str(tmp_path / "out"), tuned.model.config)
+  found = start.load_base(str(tmp_path / "out"), tuned.model.config)
   want = weights.to_weights(tuned.model)
   assert found.keys() == want.keys()
   assert all(np.array_equal(found[path], x) for path, x in want.items())
   other = dataclasses.replace(STREAMS, num_streams=3)
   other = dataclasses.replace(tuned.model.config, streams=other)
-  found = fit.load_base(str(tmp_path / "out"), other)
+  found = start.load_base(str(tmp_path / "out"), other)
   assert set(found) == set(checkpoint.base_shapes(other))  # the rest is fresh
 
 
@@ -189,8 +189,8 @@ def test_adapters_on_few_bits_are_not_dropped(monkeypatch):
   other = dataclasses.replace(streams, num_streams=1)
   other = dataclasses.replace(config, streams=other)
   with pytest.raises(UserError, match="cannot be folded into it"):
-    fit.load_base("run", other)
-  kept = fit.load_base("run", config)
+    start.load_base("run", other)
+  kept = start.load_base("run", config)
   assert any(path.endswith("lora_a") for path in kept)
 
 

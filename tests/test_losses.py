@@ -186,3 +186,39 @@ def test_an_empty_batch_has_a_finite_loss():
 def test_wrong_number_of_stream_weights():
   with pytest.raises(UserError, match="3 numbers for 2 streams"):
     losses.loss(make_model(), make_batch(), LossConfig(1.0, (0.1, 0.1, 0.1)))
+
+
+def test_a_teacher_takes_the_place_of_the_text():
+  """Cross-entropy with another model's distribution, by hand."""
+  config = dataclasses.replace(
+    MODEL, streams=dataclasses.replace(MODEL.streams, num_streams=0)
+  )
+  model, teacher, batch = (
+    make_model(config),
+    make_model(config, 1),
+    make_batch(),
+  )
+  total, metrics = losses.loss(model, batch, LossConfig(), teacher=teacher)
+  logits = lambda model: np.asarray(
+    model.logits(
+      forward(
+        model,
+        batch["tokens"],
+        batch["positions"],
+        causal_mask(batch["segment_ids"]),
+      ).main
+    ),
+    np.float64,
+  )
+  said, truth = logits(model), logits(teacher)
+  normal = lambda x: x - np.log(np.exp(x).sum(-1, keepdims=True))
+  ce, right, count = 0.0, 0, 0
+  for b, i in zip(*np.nonzero(batch["stream_mask"])):
+    at = batch["stream_at"][b, i]
+    ce -= (np.exp(normal(truth[b, at])) * normal(said[b, at])).sum()
+    right += said[b, at].argmax() == truth[b, at].argmax()
+    count += 1
+  np.testing.assert_allclose(total, ce / count, rtol=1e-5)
+  np.testing.assert_allclose(metrics["accuracy_main"], right / count)
+  alone, _ = losses.loss(model, batch, LossConfig())
+  assert abs(alone - total) > 0.1

@@ -68,10 +68,10 @@ def test_training_a_drafter_moves_nothing_else(folder, name):
 def test_fresh_heads_say_what_the_target_says(folder):
   values = checkpoints.load_run(folder / "run")
   config = beside("medusa", vocab_size=values.model.config.vocab_size)
-  from spec_stream.train import fit
+  from spec_stream.train import start
 
-  base = fit.load_base(str(folder / "run"), config)
-  started = fit._start_drafter(config, base)
+  base = start.load_base(str(folder / "run"), config)
+  started = start.start_drafter(config, base)
   heads = np.asarray(started["drafter/head_kernels"])
   assert heads.shape[0] == 2
   np.testing.assert_array_equal(heads[1], np.asarray(base["embed/table"]).T)
@@ -104,6 +104,28 @@ def test_a_second_stage_goes_on_with_the_heads(folder, tmp_path, monkeypatch):
     rivals.load("medusa", str(tmp_path / "joint"), run)
 
 
+def test_a_draft_model_learns_from_its_target(folder, tmp_path, monkeypatch):
+  """DistillSpec; a stopped run goes on with the same teacher."""
+  use_small_data(monkeypatch)
+  smaller = dataclasses.replace(PLAIN, width=8, num_heads=2, num_kv_heads=1)
+  config = dataclasses.replace(
+    TRAIN,
+    objective="next_token",
+    teacher=str(folder / "run"),
+    learning_rate=0.03,
+  )
+  tokens = dict(tokenizer=str(folder / "run/tokenizer.json"))
+  first = dataclasses.replace(config, steps=4, schedule="constant")
+  work = str(tmp_path / "draft")
+  train(work, smaller, first, **tokens)
+  longer = dataclasses.replace(first, steps=12)
+  train(work, smaller, longer, **tokens)
+  seen = losses(work)
+  assert len(seen) == 12 and seen[12] < seen[1]
+  with pytest.raises(UserError, match="another tokenizer"):
+    train(str(tmp_path / "words"), smaller, first, vocab_size=270)
+
+
 @pytest.fixture(scope="module")
 def called(folder):
   texts = [text for pair in pairs() for text in pair]
@@ -126,7 +148,10 @@ def called(folder):
     {
       "good": ([run, f"--drafters={every}", "--tree_nodes=4", *few], ""),
       "own": (["--workdir=medusa", "--tree_nodes=3", *few], ""),
-      "hydra=medusa was trained with medusa": ([run, "--drafters=hydra=medusa"], ""),
+      "hydra=medusa was trained with medusa": (
+        [run, "--drafters=hydra=medusa"],
+        "",
+      ),
       "without a drafter": ([run, "--drafters=medusa=run"], ""),
       "another tokenizer": ([run, "--drafters=draft_model=other_words"], ""),
       "no such directory": ([run, "--drafters=medusa=nowhere"], ""),

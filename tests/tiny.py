@@ -16,7 +16,7 @@ import numpy as np
 
 from spec_stream import sharding, weights
 from spec_stream.models.config import ModelConfig, StreamConfig
-from spec_stream.train import fit
+from spec_stream.train import fit, start
 from spec_stream.train.config import TrainConfig
 
 MODEL = ModelConfig(
@@ -100,7 +100,7 @@ def train(workdir, model=SMALL, train=TRAIN, **data):
   from spec_stream.data.pipeline import DataConfig
 
   data = DataConfig(**{**DATA, **data})
-  tokenizer = fit.prepare_tokenizer(workdir, data, train)
+  tokenizer = start.prepare_tokenizer(workdir, data, train)
   model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
   mesh = sharding.make_mesh()
   return fit.fit(workdir, model, data, train, tokenizer, mesh)

@@ -35,6 +35,8 @@ class TrainConfig:
     what config.model.checkpoint sets). Its base weights (LoRA of shared mode
     folded in) and its tokenizer start this one, and a run's streams and
     adapters if they are configured alike; the rest starts fresh.
+  teacher: workdir of a run with the same tokenizer whose distribution the main
+    stream learns in place of the text: a draft model's target (DistillSpec).
   log_every, save_every: in steps. keep: checkpoints kept, the last ones.
   segment: positions whose attention scores are in memory at a time (paper
     appendix C); must divide data.seq_len and data.stream_positions; 0 = all.
@@ -57,6 +59,7 @@ class TrainConfig:
   objective: str = "streams"
   trainable: str = "all"
   init_from: str = ""
+  teacher: str = ""
   log_every: int = 10
   save_every: int = 200
   keep: int = 2

@@ -1,6 +1,6 @@
 """The training loss (paper eq. 5), on completion tokens only.
 
-    L = a_0 mean CE(main at i -> token i+1)
+    L = a_0 mean CE(main at i -> token i+1, or what a teacher says there)
       + sum_j a_j mean CE(stream j at i -> token i+1+j, or main at i+j)
       + CE(early exit at i -> token i+1), which moves the pruner alone
       + the loss of a drafter beside the target, see its module
@@ -99,6 +99,7 @@ def cross_entropy(
   valid,
   *,
   teacher=None,
+  teacher_model=None,
   remat=False,
   score=Transformer.logits,
 ):
@@ -106,7 +107,8 @@ def cross_entropy(
 
   hidden: [B, R, D] final-normed; labels, valid: [B, R]. teacher: [B, R, D]
   hidden whose distribution is the target in place of the labels, and whose
-  argmax is then what is right; it gets no gradient. score: (model, hidden) ->
+  argmax is then what is right; it gets no gradient. teacher_model: whose hidden
+  that is; None: of `model`. score: (model, hidden) ->
   logits [B, R, V], of whatever `hidden` is.
   """
 
@@ -115,7 +117,7 @@ def cross_entropy(
     if teacher is None:
       right = jnp.take_along_axis(logits, labels[..., None], -1)[..., 0]
     else:
-      target = jax.lax.stop_gradient(model.logits(teacher))
+      target = jax.lax.stop_gradient((teacher_model or model).logits(teacher))
       labels = argmax(target)
       right = (jax.nn.softmax(target, -1) * logits).sum(-1)
     ce = jax.nn.logsumexp(logits, -1) - right
@@ -133,6 +135,7 @@ def loss(
   batch: Batch,
   config: LossConfig,
   count: jax.Array | None = None,
+  teacher: Transformer | None = None,
 ) -> tuple[jax.Array, Metrics]:
   """The loss and its parts.
 
@@ -144,6 +147,7 @@ def loss(
     config: the weights of the terms.
     count: what the sums are divided by, see `counts`; None: of this batch. With
       that of the whole batch, losses of its parts add up to that of the whole.
+    teacher: whose distribution the main stream learns in place of the text.
 
   Returns:
     the scalar, and loss, loss_main, accuracy_main, loss_stream_1..,
@@ -169,7 +173,8 @@ def loss(
   main = at_rows(out.main, at)
   if not config.main_weight:  # then it needs no backward pass
     main = jax.lax.stop_gradient(main)
-  ce, hits = cross_entropy(model, main, labels, valid, **head)
+  taught = {} if teacher is None else _taught(teacher, batch, at, config)
+  ce, hits = cross_entropy(model, main, labels, valid, **taught, **head)
   metrics = {"loss_main": ce / count[0], "accuracy_main": hits / count[0]}
   total = config.main_weight * metrics["loss_main"]
   if model.pruner is not None and config.streams:
@@ -197,6 +202,18 @@ def loss(
     more, parts = drafter.loss(*rest, out)
     total, metrics = total + more, metrics | parts
   return total, {"loss": total, **metrics}
+
+
+def _taught(teacher: Transformer, batch: Batch, at, config: LossConfig) -> dict:
+  """What `cross_entropy` is to be told of another model as the teacher."""
+  out = forward(
+    teacher,
+    batch["tokens"],
+    batch["positions"],
+    Segments(batch["segment_ids"], config.segment),
+    streams=at if teacher.config.streams.attends else None,
+  )
+  return dict(teacher=at_rows(out.main, at), teacher_model=teacher)
 
 
 def _corrected(model: Transformer, hidden) -> jax.Array:

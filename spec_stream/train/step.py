@@ -17,9 +17,15 @@ from spec_stream.train.state import TrainState
 
 
 def make_step(
-  model: ModelConfig, config: TrainConfig, mesh: Mesh, shardings: TrainState
+  model: ModelConfig,
+  config: TrainConfig,
+  mesh: Mesh,
+  shardings: TrainState,
+  teacher: ModelConfig | None = None,
 ):
   """-> jitted (state, batch) -> (state, metrics). The old state is donated.
+
+  With a teacher, its weights by path are the third argument.
 
   metrics: those of `losses.loss`, grad_norm (before clipping, without the
   pruner) and learning_rate.
@@ -29,26 +35,33 @@ def make_step(
   ahead = losses.reach(model)
   pruner = weights.paths(model, PruneParam)
 
-  def gradient(trained, frozen, batch, count):
+  def gradient(trained, frozen, batch, count, *taught):
     def loss(trained):
       module = weights.to_model(model, {**trained, **frozen})
-      return losses.loss(module, batch, loss_config, count)
+      other = weights.to_model(teacher, *taught) if taught else None
+      return losses.loss(module, batch, loss_config, count, other)
 
     return jax.grad(loss, has_aux=True)(trained)
 
-  def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+  def step(
+    state: TrainState, batch: Batch, *taught
+  ) -> tuple[TrainState, Metrics]:
     count = losses.counts(batch, ahead)
 
     def add(total, part):
-      new = gradient(state.trained, state.frozen, part, count)
+      new = gradient(state.trained, state.frozen, part, count, *taught)
       return jax.tree.map(jnp.add, total, new), None
 
     if config.accumulate == 1:
-      grads, metrics = gradient(state.trained, state.frozen, batch, count)
+      grads, metrics = gradient(
+        state.trained, state.frozen, batch, count, *taught
+      )
     else:
       parts = _split(batch, config.accumulate, mesh)
       one = jax.tree.map(lambda x: x[0], parts)
-      start = jax.eval_shape(gradient, state.trained, state.frozen, one, count)
+      start = jax.eval_shape(
+        gradient, state.trained, state.frozen, one, count, *taught
+      )
       start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), start)
       (grads, metrics), _ = jax.lax.scan(add, start, parts)
     updates, opt_state = tx.update(grads, state.opt_state, state.trained)
@@ -63,10 +76,12 @@ def make_step(
     )
     return state, metrics
 
-  everywhere = NamedSharding(mesh, P())
+  everywhere, given = NamedSharding(mesh, P()), ()
+  if teacher is not None:
+    given = (sharding.weight_shardings(mesh, weights.shapes(teacher)),)
   return jax.jit(
     step,
-    in_shardings=(shardings, sharding.batch_sharding(mesh)),
+    in_shardings=(shardings, sharding.batch_sharding(mesh), *given),
     out_shardings=(shardings, everywhere),
     donate_argnums=0,
   )
