@@ -38,7 +38,7 @@ from spec_stream.hf.writing import (
   write_tensors,
   write_text,
 )
-from spec_stream.models.config import ModelConfig
+from spec_stream.models.config import DrafterConfig, ModelConfig
 from spec_stream.models.lora import Linear
 from spec_stream.models.transformer import Transformer
 
@@ -79,6 +79,10 @@ def merge(
   values |= _ids(run.tokenizer, config.vocab_size)
   values |= dict.fromkeys(("dtype", "torch_dtype"), config.param_dtype)
   notes = [card.ATTENDS] if config.streams.attends else []
+  if name := run.model.config.drafter.name:
+    notes.append(
+      f"The weights of {name} are not in the directory: they stay in the run"
+    )
   use = card.merged_use(config, isinstance(run.tokenizer, Tokenizer))
   text = card.card(run, out, workdir, use, notes)
   with whole(out) as part:
@@ -141,7 +145,9 @@ def _exported(config: ModelConfig, dtype: str) -> ModelConfig:
     streams = dataclasses.replace(streams, lora_rank=0)
   if not streams.num_streams:
     streams = hf_config.NO_STREAMS
-  return dataclasses.replace(config, param_dtype=dtype, streams=streams)
+  return dataclasses.replace(
+    config, param_dtype=dtype, streams=streams, drafter=DrafterConfig()
+  )
 
 
 # -- weights -----------------------------------------------------------------

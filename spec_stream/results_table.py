@@ -57,6 +57,7 @@ COLUMNS = {
   "nodes": _field("tree_nodes", count),
   "tokens per call": _field("tokens_per_call", "{:.2f}".format),
   "step cost": _field("step_cost", ratio),
+  "drafting": _field("draft_share", percent),
   "speed-up, decoding": lambda row: (
     None if row.get("speedup") is None else _speedup(row)
   ),

@@ -8,7 +8,7 @@ import pytest
 from test_launch import call_all, one_line, write_run
 from tiny import DATA, SMALL, TRAIN, losses, pairs, train, use_small_data
 
-from spec_stream import checkpoints, rivals, weights
+from spec_stream import checkpoints, export, rivals, weights
 from spec_stream.data.tokenizer import Tokenizer
 from spec_stream.errors import UserError
 from spec_stream.models.config import DrafterConfig, StreamConfig
@@ -63,6 +63,18 @@ def test_training_a_drafter_moves_nothing_else(folder, name):
   fresh = weights.init(tuned.config, TRAIN.seed)
   moved = [p for p in own if not np.array_equal(fresh[p], all_of_it[p])]
   assert len(moved) == len(own)
+
+
+def test_export_leaves_the_drafter_out_and_says_so(folder, tmp_path):
+  run = checkpoints.load_run(folder / "medusa")
+  notes = export.merge(run, tmp_path / "out")
+  assert ["medusa" in note for note in notes] == [True]
+  found = weights.to_weights(
+    checkpoints.load_checkpoint(tmp_path / "out").model
+  )
+  mine = weights.to_weights(run.model)
+  assert set(mine) - set(found) == weights.of_drafter(run.model.config)
+  assert all(np.array_equal(mine[path], found[path]) for path in found)
 
 
 def test_fresh_heads_say_what_the_target_says(folder):
