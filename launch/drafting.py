@@ -169,7 +169,23 @@ def make_all(drafters: list[str], tree_nodes: list[str]) -> tuple[list, dict]:
       "4,8,16"
     ) from None
   nodes = list(dict.fromkeys(nodes)) or [0]
+  _check_used(asked)
   return [make(name, n) for name in asked for n in nodes], asked
+
+
+def _check_used(names):
+  """Refuses flags that none of the drafters heeds."""
+  chains = {"prompt_lookup", "lookahead", "none"}
+  for flag, heeded in (
+    ("kept_nodes", {"streams"}),
+    ("prune_threshold", {"streams"}),
+    ("tree_width", set(registry.DRAFTERS) - chains),
+  ):
+    if flags.FLAGS[flag].present and not heeded & set(names):
+      raise UserError(
+        f"--{flag} is not for {', '.join(names) or 'plain decoding'}: leave it "
+        "out"
+      )
 
 
 def _read_paths(file: str):

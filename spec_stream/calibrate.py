@@ -89,6 +89,11 @@ def accuracies(
   """
   if name == "streams" and not model.config.streams.num_streams:
     raise UserError("this model has no streams to calibrate")
+  if name == "streams" and model.config.streams.correction_rank:
+    raise UserError(
+      "these streams are corrected by the token before "
+      "(model.streams.correction_rank): a fixed tree cannot know it"
+    )
   if name == "medusa" and not isinstance(model.drafter, Medusa):
     raise UserError("this model has no Medusa heads to calibrate")
   if name not in ("streams", "medusa"):

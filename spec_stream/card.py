@@ -43,7 +43,9 @@ def card(run: Run, out, workdir, use: str, notes=()) -> str:
   model, base = run.model.config, base_name(run.config)
   name = pathlib.Path(out).resolve().name
   added = num_params(run.model, *weights.ADAPTERS)
-  total = num_params(run.model)
+  total = num_params(run.model) - (
+    num_params(run.model.drafter) if run.model.drafter else 0
+  )
   about = f"{total:,} weights"
   if added:
     about += f", {added:,} of them streams and adapters"

@@ -27,7 +27,8 @@ from spec_stream.task import Prompt, device_words
 _SEEN = (
   "dataset manual_dir seq_len stream_positions batch_size packing too_long seed"
 ).split()
-_FREE = ("streams", "dtype", "param_dtype", "quantize")  # of the model
+# Of the model.
+_FREE = ("streams", "drafter", "dtype", "param_dtype", "quantize")
 _SCORES = {
   "exact_match": "exact match",
   "rouge1": "ROUGE-1",
@@ -124,7 +125,8 @@ def differences(entries: Sequence[Entry]) -> list[str]:
 
 def _keeps_its_base(entry: Entry) -> bool:
   streams = entry.config["model"].get("streams", {})
-  return streams.get("mode") == "lossless" and bool(streams.get("num_streams"))
+  lossless = streams.get("mode") == "lossless" and streams.get("num_streams")
+  return bool(lossless) or _train(entry).get("trainable") == "drafter"
 
 
 def _began_with(entry: Entry, entries: Sequence[Entry]) -> list[Entry]:

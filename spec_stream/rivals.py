@@ -75,6 +75,8 @@ def _check_target(name: str, directory: str, run: Run, other: Run):
   config, mine = run.model.config, weights.to_weights(merge_lora(run.model))
   theirs = weights.to_weights(merge_lora(other.model))
   beside = set(mine) - weights.adapters(config)
+  if config.streams.mode == "shared":  # what was not folded in counts as well
+    beside |= {p for p in mine if "/lora_" in p}
   if config.streams.attends:  # then they are part of plain decoding
     beside |= {p for p in mine if p.startswith("streams/")}
   for path in sorted(beside):

@@ -105,7 +105,9 @@ def weight_shardings(mesh: Mesh, shapes: dict) -> dict[str, NamedSharding]:
 
 def _uneven(path: str, axis: str, dimension: int, size: int) -> str:
   name = f"model.width={dimension}"
-  if path == "embed/table" or (path.startswith("head/") and axis == "tensor"):
+  if path.startswith("drafter/") and axis == "tensor":
+    name = f"{path}, {dimension} wide"
+  elif path == "embed/table" or (path.startswith("head/") and axis == "tensor"):
     name = f"the vocabulary ({dimension} rows of it)"
   elif axis == "tensor" and "/attention/" in path:
     name = f"model.num_kv_heads={dimension}"

@@ -39,6 +39,25 @@ def case(name, tree, ahead=0, target=PLAIN, own=None, **options):
 best = lambda nodes: TreeSpec("best_first", nodes)
 CHAIN = TreeSpec("chain")
 PATHS = TreeSpec("paths", paths=((0,), (2,), (0, 1), (2, 0), (0, 1, 1)))
+OPT = dataclasses.replace(
+  PLAIN,
+  norm="layer",
+  activation="relu",
+  gated=False,
+  positions="learned",
+  tie_embeddings=False,
+  head_bias=True,
+  qkv_bias=True,
+)
+GEMMA = dataclasses.replace(
+  PLAIN,
+  post_norms=True,
+  embed_scale=4.0,
+  logit_softcap=5.0,
+  attention_softcap=4.0,
+  sliding_window=4,
+  sliding_layers=(0, 2),
+)
 CORRECTED = dataclasses.replace(
   STREAMS["lossless"][0],
   streams=StreamConfig(
@@ -53,6 +72,12 @@ CASES = {
   "draft_model": case("draft_model", best(9), own=SMALLER),
   "draft_model, chain": case("draft_model", CHAIN, 3, own=SLIDES),
   "draft_model, paths": case("draft_model", PATHS, own=SMALLER, target=ATTENDS),
+  "draft_model, opt": case("draft_model", best(9), own=SMALLER, target=OPT),
+  "medusa, gemma": case("medusa", best(8), target=GEMMA),
+  "hydra, opt": case("hydra", best(9), target=OPT),
+  "redrafter, gemma": case("redrafter", TreeSpec("beam", 0, 2), target=GEMMA),
+  "eagle, opt": case("eagle", best(10), target=OPT),
+  "eagle, gemma": case("eagle", best(10), target=GEMMA),
   "medusa": case("medusa", best(8), layers=2),
   "hydra": case("hydra", best(9)),
   "hydra, paths": case("hydra", PATHS),

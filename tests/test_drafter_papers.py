@@ -297,6 +297,7 @@ def test_lookahead(x64):
   decoder = Decoder(model, CASES["lookahead"].drafter)
   values = reference.numpy_weights(model)
   width, rows = decoder.drafter.tree.width, decoder.drafter.length
+  chains = decoder.drafter.chains
   reading, prompt = reference.Reading(model.config, values), [3, 1, 4, 1, 5]
   state = decoder.start([prompt], max_new_tokens=14)
   window = np.asarray(state.drafter.guesses[0]).tolist()
@@ -310,15 +311,16 @@ def test_lookahead(x64):
       seen = [*context, *window[0][:j], *column]
       logits = reading.logits(hidden_of(model.config, values, seen)[-1])
       grams.append((*column, int(np.argmax(logits))))
-    pool += grams
+    pool = [gram for gram in pool if gram not in grams]
+    pool += [g for i, g in enumerate(grams) if g not in grams[i + 1 :]]
     state = decoder.step(state)
     moved = int(state.num_tokens[0]) - count
     root = int(state.tokens[0, count + moved - 1])
     window = [[gram[l] for gram in grams] for l in range(1, rows + 1)]
     window = [row[moved - 1 :] + row[: moved - 1] for row in window]
     assert np.asarray(state.drafter.guesses[0]).tolist() == window
-    want = [gram[1:] for gram in pool[::-1] if gram[0] == root][:width]
+    want = [gram[1:] for gram in pool[::-1] if gram[0] == root][:chains]
     first = 1 + width * rows
-    chains = np.asarray(state.tree.tokens[0, first:]).reshape(width, rows)
-    assert [tuple(x) for x in chains.tolist()[: len(want)]] == want
-    assert (chains[len(want) :] == -1).all()
+    found = np.asarray(state.tree.tokens[0, first:]).reshape(chains, rows)
+    assert [tuple(x) for x in found.tolist()[: len(want)]] == want
+    assert (found[len(want) :] == -1).all()

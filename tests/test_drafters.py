@@ -35,6 +35,15 @@ ROOT = pathlib.Path(__file__).parent.parent
 SEEDS = st.integers(0, 2**32 - 1)
 
 
+def in_short(names):
+  """One case of each drafter; the others are slow."""
+  slow = [name for name in names if "," in name and name.split(",")[0] in names]
+  return [
+    pytest.param(name, marks=[pytest.mark.slow] * (name in slow))
+    for name in names
+  ]
+
+
 def decode(decoder, prompts, options):
   return collect(decoder.finish(decoder.start(prompts, **options)))
 
@@ -60,7 +69,7 @@ def compare(name, seed, batch, sampled, dtype="float64"):
   return plain, fast, prompts, options, model
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", in_short(CASES))
 def test_tokens_are_those_of_plain_decoding(x64, name):
   accepted = []
 
@@ -201,6 +210,7 @@ def test_a_new_drafter_is_a_file_and_a_line(x64, monkeypatch):
     ("hydra", dict(tree=TreeSpec("beam2")), "unknown tree"),
     ("hydra", dict(tree=TreeSpec(num_nodes=400)), "does not fit"),
     ("redrafter", dict(tree=TreeSpec(num_nodes=-1)), "negative"),
+    ("eagle", dict(length=-1), "1 or more"),
     ("lookahead", dict(tree=TreeSpec(num_nodes=2)), "at least"),
     ("lookahead", dict(tree=TreeSpec("chain")), "a tree of its own"),
     ("prompt_lookup", dict(tree=TreeSpec("cartesian")), "draws chains"),
@@ -212,6 +222,24 @@ def test_wrong_settings(name, change, words):
   drafter = dataclasses.replace(found.drafter, **change)
   with pytest.raises(UserError, match=words):
     decoder(found._replace(drafter=drafter), 0, "float32")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_settings_once_resolved_stay(name):
+  found = CASES[name]
+  model, own = make(found, 0, "float32")
+  once = Decoder(model, found.drafter, own).drafter
+  assert Decoder(model, once, own).drafter == once
+
+
+@pytest.mark.parametrize("name", ["redrafter", "hydra", "prompt_lookup"])
+@pytest.mark.parametrize("nodes", [4, 16, 32])
+def test_the_budget_of_nodes_is_used(name, nodes):
+  found = case(name, TreeSpec("best_first", nodes))
+  if name == "redrafter":
+    found = case(name, TreeSpec("beam", nodes))
+  model, _ = make(found, 0, "float32")
+  assert nodes - 2 < Decoder(model, found.drafter).drafter.num_nodes <= nodes
 
 
 def test_missing_or_wrong_weights():

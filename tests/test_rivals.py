@@ -12,6 +12,7 @@ from spec_stream import checkpoints, export, rivals, weights
 from spec_stream.data.tokenizer import Tokenizer
 from spec_stream.errors import UserError
 from spec_stream.models.config import DrafterConfig, StreamConfig
+from spec_stream.train import start
 
 PLAIN = dataclasses.replace(SMALL, streams=StreamConfig(0, 1))
 HEADS = {
@@ -61,6 +62,7 @@ def test_training_a_drafter_moves_nothing_else(folder, name):
   seen = losses(folder / name)
   assert seen[12] < seen[1]
   fresh = weights.init(tuned.config, TRAIN.seed)
+  fresh |= start.start_drafter(tuned.config, base)
   moved = [p for p in own if not np.array_equal(fresh[p], all_of_it[p])]
   assert len(moved) == len(own)
 
@@ -80,10 +82,12 @@ def test_export_leaves_the_drafter_out_and_says_so(folder, tmp_path):
 def test_fresh_heads_say_what_the_target_says(folder):
   values = checkpoints.load_run(folder / "run")
   config = beside("medusa", vocab_size=values.model.config.vocab_size)
-  from spec_stream.train import start
-
   base = start.load_base(str(folder / "run"), config)
   started = start.start_drafter(config, base)
+  trained = checkpoints.load_run(folder / "medusa").model
+  trained = weights.to_weights(trained)["drafter/head_kernels"]
+  gap = np.abs(trained - started["drafter/head_kernels"])
+  assert gap.mean() < 0.05  # 12 steps from there, not from noise
   heads = np.asarray(started["drafter/head_kernels"])
   assert heads.shape[0] == 2
   np.testing.assert_array_equal(heads[1], np.asarray(base["embed/table"]).T)
@@ -100,7 +104,11 @@ def test_a_second_stage_goes_on_with_the_heads(folder, tmp_path, monkeypatch):
     steps=2,
     init_from=str(folder / "medusa"),
   )
-  train(str(tmp_path / "joint"), beside("medusa", streams=streams), joint)
+  options = (*HEADS["medusa"], ("weight", 0.2))  # another loss, the same heads
+  drafter = DrafterConfig("medusa", options)
+  model = beside("medusa", streams=streams)
+  model = dataclasses.replace(model, drafter=drafter)
+  train(str(tmp_path / "joint"), model, joint)
   before = checkpoints.load_run(folder / "medusa").model
   after = checkpoints.load_run(tmp_path / "joint").model
   before, config = weights.to_weights(before), after.config
@@ -138,6 +146,20 @@ def test_a_draft_model_learns_from_its_target(folder, tmp_path, monkeypatch):
     train(str(tmp_path / "words"), smaller, first, vocab_size=270)
 
 
+def test_heads_of_another_shape_do_not_go_on(folder, tmp_path, monkeypatch):
+  use_small_data(monkeypatch)
+  longer = DrafterConfig("medusa", (("length", 3),))
+  settings = dataclasses.replace(
+    TRAIN, trainable="drafter", init_from=str(folder / "medusa")
+  )
+  model = dataclasses.replace(PLAIN, drafter=longer)
+  with pytest.raises(UserError, match="medusa of another shape"):
+    train(str(tmp_path / "run"), model, settings)
+  taught = dataclasses.replace(settings, teacher=str(folder / "run"))
+  with pytest.raises(UserError, match="which is frozen"):
+    train(str(tmp_path / "run"), beside("medusa"), taught)
+
+
 @pytest.fixture(scope="module")
 def called(folder):
   texts = [text for pair in pairs() for text in pair]
@@ -170,6 +192,10 @@ def called(folder):
       "lookahead has no weights": ([run, "--drafters=lookahead=medusa"], ""),
       "trained without hydra": ([run, "--drafters=hydra"], ""),
       "needs a second run": ([run, "--drafters=draft_model"], ""),
+      "--kept_nodes is not for medusa": (
+        [run, "--drafters=medusa=medusa", "--kept_nodes=2"],
+        "",
+      ),
       "names medusa twice": ([run, "--drafters=medusa,medusa=medusa"], ""),
     },
     folder,
@@ -229,6 +255,7 @@ def test_mistakes_are_said_in_one_line(called):
     (dict(drafter=DrafterConfig("medusae")), "unknown drafter"),
     (dict(drafter=DrafterConfig("streams")), "no weights beside"),
     (dict(drafter=DrafterConfig("medusa", (("heads", 3),))), "no 'heads'"),
+    (dict(drafter=DrafterConfig("hydra", (("length", 0),))), "1 or more"),
     (dict(drafter=DrafterConfig()), "needs model.drafter.name"),
     (dict(streams=StreamConfig(1, 1)), "has no streams"),
     (dict(drafter=DrafterConfig("eagle", (("fuse", (7,)),))), "must lie in"),

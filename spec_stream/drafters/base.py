@@ -9,6 +9,7 @@ A drafter with weights of its own also has `Options` (a frozen dataclass) and a
 `launch/train.py` trains the module beside a frozen target, or with it.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -98,6 +99,52 @@ class Drafter:
     raise NotImplementedError
 
 
+@dataclasses.dataclass(frozen=True)
+class TreeDrafter(Drafter):
+  """What most drafters are: a tree of nodes, some tokens ahead.
+
+  tree: its kind and size; length: tokens to draft ahead, 0 = its own.
+  """
+
+  tree: TreeSpec = TreeSpec()
+  length: int = 0
+  num_streams: int = 0
+
+  def resolved(self, config: ModelConfig, tree: TreeSpec, length: int, **more):
+    """Itself, with what was open and the streams that the target needs."""
+    return dataclasses.replace(
+      self, tree=tree, length=length, num_streams=attached(config), **more
+    )
+
+  @property
+  def num_nodes(self) -> int:
+    return self.tree.num_nodes
+
+  @property
+  def longest(self) -> int:
+    return self.tree.reach(self.length)
+
+
+class DrafterModule(nnx.Module):
+  """The weights of a drafter, made by `Module(config, options, rngs=rngs)`.
+
+  `options.length` is how many tokens ahead its loss asks for. Names of weights
+  end in _kernel, _kernels (of several heads) or _bias: see `sharding`.
+  """
+
+  taps: tuple[int, ...] = ()  # layers of the target that its loss reads
+
+  @staticmethod
+  def start(config: ModelConfig, weights: dict) -> dict:
+    """What fresh weights copy from the target's, both by path."""
+    return {}
+
+  def loss(self, model, batch, at, main, config, count, out):
+    """-> (the loss, its parts by name); arguments as of `losses.ahead`, and the
+    output of the pass."""
+    raise NotImplementedError
+
+
 def attached(config: ModelConfig) -> int:
   """Streams without which the target would be another model: see NoDraft."""
   return config.streams.num_streams if config.streams.attends else 0
@@ -115,7 +162,8 @@ def normal(rngs: nnx.Rngs, *shape: int) -> nnx.Param:
 
 
 def lm_head(base: dict) -> jax.Array:
-  """The target's LM head [D, V] float32, from its weights by path."""
+  """The target's LM head [D, V] float32 without its bias, from its weights by
+  path."""
   if "head/kernel" in base:
     return jnp.asarray(base["head/kernel"], jnp.float32)
   return jnp.asarray(base["embed/table"], jnp.float32).T

@@ -17,21 +17,16 @@ import dataclasses
 import jax.numpy as jnp
 
 from spec_stream.cache import KVCache, empty
-from spec_stream.drafters import base, cached, grow
-from spec_stream.drafters.base import Accepted, Drafter, Params
+from spec_stream.drafters import cached, grow
+from spec_stream.drafters.base import Accepted, Params, TreeDrafter
 from spec_stream.errors import UserError
 from spec_stream.models.config import ModelConfig
 from spec_stream.models.transformer import Transformer, forward
-from spec_stream.tree import TreeSpec
 
 
 @dataclasses.dataclass(frozen=True)
-class DraftModel(Drafter):
+class DraftModel(TreeDrafter):
   """tree: its kind and size; length: tokens to draft ahead, 0 for 4."""
-
-  tree: TreeSpec = TreeSpec()
-  length: int = 0
-  num_streams: int = 0
 
   name = "draft_model"
 
@@ -52,20 +47,8 @@ class DraftModel(Drafter):
         "use a run without streams"
       )
     length = self.length or 4
-    return dataclasses.replace(
-      self,
-      tree=grow.resolve(self.tree, length, config.vocab_size),
-      length=length,
-      num_streams=base.attached(config),
-    )
-
-  @property
-  def num_nodes(self) -> int:
-    return self.tree.num_nodes
-
-  @property
-  def longest(self) -> int:
-    return self.tree.reach(self.length)
+    tree = grow.resolve(self.tree, length, config.vocab_size)
+    return self.resolved(config, tree, length)
 
   def init(self, params: Params, batch: int, slots: int) -> KVCache:
     config = params.own.config

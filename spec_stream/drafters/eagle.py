@@ -19,6 +19,8 @@ options.length steps (training-time test): row (k, i) of step k takes g of
 (k-1, i-1), and sees the rows (1, ..i-k+1) of known features and its own chain.
 
 Left out: EAGLE-1's noise on features, EAGLE-3's own head of frequent tokens.
+Its training holds scores of all positions against all, k times for step k,
+whatever `train.segment` and `train.remat` say.
 The layer here is a block of the target's kind, whose first norm EAGLE-1 drops.
 
 Letters: B batch row, T positions, W nodes of a level, D width, n fused layers.
@@ -32,13 +34,12 @@ from flax import nnx
 
 from spec_stream.cache import KVCache, empty
 from spec_stream.drafters import base, cached, grow
-from spec_stream.drafters.base import Accepted, Drafter, Params
+from spec_stream.drafters.base import Accepted, Params, TreeDrafter
 from spec_stream.errors import UserError
 from spec_stream.models.attention import at_rows, main_rows
 from spec_stream.models.config import ModelConfig, StreamConfig
 from spec_stream.models.transformer import Block, causal_mask
 from spec_stream.train import losses
-from spec_stream.tree import TreeSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ def _layer(config: ModelConfig) -> ModelConfig:
   )
 
 
-class Eagle(nnx.Module):
+class Eagle(base.DrafterModule):
   """F, the layer, and F' where layers are fused."""
 
   def __init__(self, config: ModelConfig, options: Options, *, rngs: nnx.Rngs):
@@ -83,10 +84,6 @@ class Eagle(nnx.Module):
     self.word_kernel = base.normal(rngs, width, width)
     self.feature_kernel = nnx.Param(jnp.eye(width, dtype=jnp.float32))
     self.block = Block(self.config, lora_rank=0, rngs=rngs)
-
-  @staticmethod
-  def start(config: ModelConfig, weights: dict) -> dict:
-    return {}
 
   def features(self, main: jax.Array, taps: jax.Array | None) -> jax.Array:
     """[B, T, D] of known positions, from final and tapped hidden states."""
@@ -108,8 +105,8 @@ class Eagle(nnx.Module):
 
   def loss(self, model, batch, at, main, config, count, out):
     options, steps = self.options, self.options.length
-    main = jax.lax.stop_gradient(main)
-    given = self.features(main, out.taps)
+    main, taps = jax.lax.stop_gradient((main, out.taps))
+    given = self.features(main, taps)
     words = model.embed(jnp.roll(batch["tokens"], -1, 1))
     last, mask = main.shape[1] - 1, causal_mask(batch["segment_ids"])
     unit = jnp.broadcast_to(jnp.eye(last + 1, dtype=bool), mask.shape)
@@ -145,13 +142,10 @@ class Eagle(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class EagleDraft(Drafter):
+class EagleDraft(TreeDrafter):
   """tree: its kind and size; length: tokens to draft ahead, 0 for 4 or as many
   as the training-time test had."""
 
-  tree: TreeSpec = TreeSpec()
-  length: int = 0
-  num_streams: int = 0
   taps: tuple[int, ...] = ()
 
   name = "eagle"
@@ -161,21 +155,8 @@ class EagleDraft(Drafter):
   def resolve(self, config: ModelConfig, own=None) -> "EagleDraft":
     base.check_own(self, own)
     length = self.length or max(4, own.options.length)
-    return dataclasses.replace(
-      self,
-      tree=grow.resolve(self.tree, length, config.vocab_size),
-      length=length,
-      num_streams=base.attached(config),
-      taps=own.taps,
-    )
-
-  @property
-  def num_nodes(self) -> int:
-    return self.tree.num_nodes
-
-  @property
-  def longest(self) -> int:
-    return self.tree.reach(self.length)
+    tree = grow.resolve(self.tree, length, config.vocab_size)
+    return self.resolved(config, tree, length, taps=own.taps)
 
   def init(self, params: Params, batch: int, slots: int) -> KVCache:
     config = params.own.config

@@ -33,22 +33,27 @@ Extend = Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, Any]]
 def resolve(tree: TreeSpec, length: int, vocab_size: int) -> TreeSpec:
   """As `TreeSpec.resolve`, for trees that grow; `tree.width` is W.
 
-  W is about the root of the nodes where it is left open.
+  W is about the root of the nodes where it is left open, and more where drafts
+  are too short for that.
   """
+  if length < 1:
+    raise UserError(f"draft_length={length} must be 1 or more")
   if tree.kind not in ("best_first", "beam"):
     return tree.resolve(length, vocab_size)
   nodes, beam = tree.num_nodes, tree.kind == "beam"
   if nodes < 0 or tree.width < 0:
     raise UserError("tree_nodes and tree_width must not be negative")
   nodes = nodes or (0 if beam and tree.width else 16)
+  room = lambda width: width + (length - 1) * width ** (1 if beam else 2)
   width = tree.width or math.ceil(math.sqrt(max(nodes - 1, 1)))
+  while not tree.width and room(width) < nodes - 1:
+    width += 1
   width = min(width, vocab_size)
-  nodes = nodes or 1 + width * length
-  levels = [width] + [width if beam else width * width] * (length - 1)
-  if nodes > 1 + sum(levels):
+  nodes = nodes or 1 + room(width)
+  if nodes > 1 + room(width):
     raise UserError(
       f"a {tree.kind} tree of {nodes} nodes does not fit: drafts of {length} "
-      f"tokens and width {width} give {1 + sum(levels)} nodes at the most"
+      f"tokens and width {width} give {1 + room(width)} nodes at the most"
     )
   return TreeSpec(tree.kind, nodes, width)
 

@@ -24,12 +24,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spec_stream.drafters import base, grow
-from spec_stream.drafters.base import Accepted, Drafter, Params
+from spec_stream.drafters.base import Accepted, Params, TreeDrafter
 from spec_stream.models.attention import at_rows
 from spec_stream.models.config import ModelConfig
 from spec_stream.models.layers import wide
 from spec_stream.train import losses
-from spec_stream.tree import TreeSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +40,8 @@ class Options:
   decay: float = 1.0
 
 
-class Hydra(nnx.Module):
+class Hydra(base.DrafterModule):
   """The heads. The first D rows of W_j read h, the next D e_0, and so on."""
-
-  taps = ()
 
   def __init__(self, config: ModelConfig, options: Options, *, rngs: nnx.Rngs):
     self.options = options
@@ -101,12 +98,8 @@ class Hydra(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class HydraDraft(Drafter):
+class HydraDraft(TreeDrafter):
   """tree: its kind and size; length: heads to draft with, 0 for all."""
-
-  tree: TreeSpec = TreeSpec()
-  length: int = 0
-  num_streams: int = 0
 
   name = "hydra"
   Options = Options
@@ -115,20 +108,8 @@ class HydraDraft(Drafter):
   def resolve(self, config: ModelConfig, own=None) -> "HydraDraft":
     base.check_own(self, own)
     length = base.check_length(self, own.options.length)
-    return dataclasses.replace(
-      self,
-      tree=grow.resolve(self.tree, length, config.vocab_size),
-      length=length,
-      num_streams=base.attached(config),
-    )
-
-  @property
-  def num_nodes(self) -> int:
-    return self.tree.num_nodes
-
-  @property
-  def longest(self) -> int:
-    return self.tree.reach(self.length)
+    tree = grow.resolve(self.tree, length, config.vocab_size)
+    return self.resolved(config, tree, length)
 
   def propose(self, params: Params, state, accepted: Accepted):
     own, embed = params.own, params.target.embed

@@ -14,7 +14,7 @@ the position one further on):
 
 What the target draws after the last row is the next row; a column with it is
 an n-gram, and goes into a pool. The pool's n-grams that begin with the root are
-the candidates of the next call, G = W chains from the root. The window is part
+the candidates of the next call, G chains from the root. The window is part
 of the tree, so a right guess in it is accepted like any other.
 
 Letters: B batch row, W columns, N tokens of an n-gram, G candidates, P pool.
@@ -27,8 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spec_stream.drafters import base
-from spec_stream.drafters.base import Accepted, Drafter, Params
+from spec_stream.drafters.base import Accepted, Params, TreeDrafter
 from spec_stream.errors import UserError
 from spec_stream.models.config import ModelConfig
 from spec_stream.tree import TokenTree, TreeSpec
@@ -37,20 +36,20 @@ from spec_stream.tree import TokenTree, TreeSpec
 @flax.struct.dataclass
 class Window:
   guesses: jax.Array  # [B, N-1, W]
-  pool: jax.Array  # [B, P, N] n-grams, the newest last; -1 where there is none
+  # [B, P, N] n-grams, each once, the newest last; -1 where there is none
+  pool: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class Lookahead(Drafter):
+class Lookahead(TreeDrafter):
   """tree: its nodes are shared by window and candidates, half each.
 
-  length: N - 1 tokens of a candidate, 0 for 3 (fewer in small trees); pool: P.
+  length: N - 1 tokens of a candidate, 0 for 3 (fewer in small trees); pool: P;
+  chains: G, filled in.
   """
 
-  tree: TreeSpec = TreeSpec()
-  length: int = 0
   pool: int = 512
-  num_streams: int = 0
+  chains: int = 0
 
   name = "lookahead"
 
@@ -67,16 +66,9 @@ class Lookahead(Drafter):
         f"lookahead needs at least {1 + 2 * length} nodes for n-grams of "
         f"{length + 1} tokens, not {nodes}"
       )
-    return dataclasses.replace(
-      self,
-      tree=TreeSpec("best_first", 1 + 2 * width * length, width),
-      length=length,
-      num_streams=base.attached(config),
-    )
-
-  @property
-  def num_nodes(self) -> int:
-    return self.tree.num_nodes
+    chains = (nodes - 1) // length - width
+    tree = TreeSpec("best_first", 1 + (width + chains) * length, width)
+    return self.resolved(config, tree, length, chains=chains)
 
   @property
   def longest(self) -> int:
@@ -98,7 +90,7 @@ class Lookahead(Drafter):
       state = self._iterate(state, accepted)
     starts = state.pool[:, :, 0] == accepted.root[:, None]
     age = jnp.where(starts, jnp.arange(self.pool), -1)
-    newest, which = jax.lax.top_k(age, self.tree.width)
+    newest, which = jax.lax.top_k(age, self.chains)
     found = jnp.take_along_axis(state.pool, which[..., None], 1)[..., 1:]
     found = jnp.where((newest >= 0)[..., None], found, -1)  # [B, G, N-1]
     return self._tree(accepted.root, state.guesses, found), state
@@ -109,7 +101,13 @@ class Lookahead(Drafter):
     end = 1 + width * length
     drawn = accepted.draws[:, end - width : end]  # after the last row
     grams = jnp.concatenate([state.guesses, drawn[:, None]], 1)  # [B, N, W]
-    pool = jnp.concatenate([state.pool, grams.swapaxes(1, 2)], 1)[:, width:]
+    new = grams.swapaxes(1, 2)  # [B, W, N]
+    # One that is there already, or twice among the new, counts as the newest.
+    alike = lambda a, b: (a[:, :, None] == b[:, None]).all(-1)
+    old = jnp.where(alike(state.pool, new).any(2)[..., None], -1, state.pool)
+    later = jnp.arange(width)[:, None] < jnp.arange(width)
+    new = jnp.where((alike(new, new) & later).any(2)[..., None], -1, new)
+    pool = jnp.concatenate([old, new], 1)[:, width:]
     # One row on is one position on; further tokens shift the columns. What is
     # shifted out comes back at the end, as a guess like any other.
     shift = jnp.maximum(accepted.count - 1, 0)
@@ -122,7 +120,7 @@ class Lookahead(Drafter):
     node = 1 + rows * width + columns  # of a guess
     above = np.where(rows > 0, node - width, columns)  # row 0 is a chain
     depth = 1 + rows + columns
-    first = 1 + width * length + np.arange(width)[:, None] * length
+    first = 1 + width * length + np.arange(self.chains)[:, None] * length
     chain = np.where(np.arange(length) > 0, first + np.arange(length) - 1, 0)
     deep = np.broadcast_to(1 + np.arange(length), chain.shape)
     batch = len(root)

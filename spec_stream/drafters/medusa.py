@@ -6,8 +6,9 @@ target's last hidden state h alone (section 2.1.1 there):
     p_j = softmax(U_j (h + silu(W_j h + b_j)))
 
 with W_j zero and U_j the target's own LM head at the start, so that a fresh
-head says what the main one does. With one residual block, D^2 + D + D V
-parameters a head, D the width and V the vocabulary: h^2 + hV for its weights.
+head says what the main one does (but for a bias of it). With one residual
+block, D^2 + D + D V parameters a head, D the width and V the vocabulary: h^2 +
+hV for its weights.
 
 Medusa-1 is `train.trainable=drafter`: the target is frozen. Medusa-2 is
 `train.trainable=adapters` with LoRA in shared mode and options.weight=0.2,
@@ -28,13 +29,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spec_stream.drafters import base
-from spec_stream.drafters.base import Accepted, Drafter, Params
+from spec_stream.drafters.base import Accepted, Params, TreeDrafter
 from spec_stream.models.attention import at_rows
 from spec_stream.models.config import ModelConfig
 from spec_stream.models.layers import wide
 from spec_stream.models.prune import Prune
 from spec_stream.train import losses
-from spec_stream.tree import TreeSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +50,8 @@ class Options:
   decay: float = 0.8
 
 
-class Medusa(nnx.Module):
+class Medusa(base.DrafterModule):
   """The heads, stacked."""
-
-  taps = ()
 
   def __init__(self, config: ModelConfig, options: Options, *, rngs: nnx.Rngs):
     self.options = options
@@ -99,12 +97,8 @@ class Medusa(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class MedusaDraft(Drafter):
+class MedusaDraft(TreeDrafter):
   """tree: its kind and size; length: heads to draft with, 0 for all."""
-
-  tree: TreeSpec = TreeSpec()
-  length: int = 0
-  num_streams: int = 0
 
   name = "medusa"
   prune = Prune()
@@ -114,20 +108,8 @@ class MedusaDraft(Drafter):
   def resolve(self, config: ModelConfig, own=None) -> "MedusaDraft":
     base.check_own(self, own)
     length = base.check_length(self, own.options.length)
-    return dataclasses.replace(
-      self,
-      tree=self.tree.resolve(length, config.vocab_size),
-      length=length,
-      num_streams=base.attached(config),
-    )
-
-  @property
-  def num_nodes(self) -> int:
-    return self.tree.num_nodes
-
-  @property
-  def longest(self) -> int:
-    return self.tree.reach(self.length)
+    tree = self.tree.resolve(length, config.vocab_size)
+    return self.resolved(config, tree, length)
 
   def propose(self, params: Params, state, accepted: Accepted):
     hidden = accepted.last_hidden[:, None]

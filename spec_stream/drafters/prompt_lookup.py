@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spec_stream.drafters import base
-from spec_stream.drafters.base import Accepted, Drafter, Params
+from spec_stream.drafters.base import Accepted, Params, TreeDrafter
 from spec_stream.errors import UserError
 from spec_stream.models.config import ModelConfig
 from spec_stream.tree import TokenTree, TreeSpec
@@ -87,19 +86,21 @@ def chains_below(root: jax.Array, chains: jax.Array) -> TokenTree:
   )
 
 
+def _fill(budget: int) -> int:
+  """Tokens of a chain, 4 to 8, that leave the fewest nodes over."""
+  sizes = range(min(4, budget), min(8, budget) + 1)
+  return min(sizes, key=lambda size: (budget % size if size else 0, -size))
+
+
 @dataclasses.dataclass(frozen=True)
-class PromptLookup(Drafter):
+class PromptLookup(TreeDrafter):
   """tree: "chain" is one match; otherwise as many as its nodes hold.
 
-  length: tokens of a match, 0 for as many as one chain of the nodes holds, at
-  the most 8; ngram: longest that is looked up.
+  length: tokens of a match, 0 for 4 to 8; ngram: longest that is looked up.
   """
 
-  tree: TreeSpec = TreeSpec()
-  length: int = 0
   ngram: int = 3
   chains: int = 0
-  num_streams: int = 0
 
   name = "prompt_lookup"
 
@@ -117,25 +118,15 @@ class PromptLookup(Drafter):
       chains = 1
     else:
       budget = (nodes or 16) - 1
-      length = min(self.length or 8, budget)
+      length = min(self.length or _fill(budget), budget)
       chains = budget // length if length else 0
     if kind == "chain" and nodes not in (0, length + 1):
       raise UserError(
         f"tree_nodes={nodes} contradicts a chain of {length} tokens: leave one "
         "of them at 0"
       )
-    total = 1 + chains * length
-    return dataclasses.replace(
-      self,
-      tree=TreeSpec(kind, total),
-      length=length,
-      chains=chains,
-      num_streams=base.attached(config),
-    )
-
-  @property
-  def num_nodes(self) -> int:
-    return self.tree.num_nodes
+    tree = TreeSpec(kind, 1 + chains * length)
+    return self.resolved(config, tree, length, chains=chains)
 
   @property
   def longest(self) -> int:

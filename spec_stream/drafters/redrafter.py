@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spec_stream.drafters import base, grow
-from spec_stream.drafters.base import Accepted, Drafter, Params
+from spec_stream.drafters.base import Accepted, Params, TreeDrafter
 from spec_stream.models.attention import at_rows
 from spec_stream.models.config import ModelConfig
 from spec_stream.models.layers import wide
@@ -43,10 +43,8 @@ class Options:
   weight: float = 1.0
 
 
-class Recurrent(nnx.Module):
+class Recurrent(base.DrafterModule):
   """The recurrence and its head."""
-
-  taps = ()
 
   def __init__(self, config: ModelConfig, options: Options, *, rngs: nnx.Rngs):
     self.options = options
@@ -105,13 +103,11 @@ class Recurrent(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class RecurrentDraft(Drafter):
+class RecurrentDraft(TreeDrafter):
   """tree: its kind ("beam" is the paper's) and size; length: tokens to draft
   ahead, 0 for as many as in training."""
 
   tree: TreeSpec = TreeSpec("beam")
-  length: int = 0
-  num_streams: int = 0
 
   name = "redrafter"
   Options = Options
@@ -120,20 +116,8 @@ class RecurrentDraft(Drafter):
   def resolve(self, config: ModelConfig, own=None) -> "RecurrentDraft":
     base.check_own(self, own)
     length = self.length or own.options.length
-    return dataclasses.replace(
-      self,
-      tree=grow.resolve(self.tree, length, config.vocab_size),
-      length=length,
-      num_streams=base.attached(config),
-    )
-
-  @property
-  def num_nodes(self) -> int:
-    return self.tree.num_nodes
-
-  @property
-  def longest(self) -> int:
-    return self.tree.reach(self.length)
+    tree = grow.resolve(self.tree, length, config.vocab_size)
+    return self.resolved(config, tree, length)
 
   def propose(self, params: Params, state, accepted: Accepted):
     own, embed = params.own, params.target.embed

@@ -57,7 +57,13 @@ def options(config: DrafterConfig):
         f"model.drafter.options has no '{name}' for {config.name}: its options "
         f"are {', '.join(known)}"
       )
-  return cls(**dict(config.options))
+  made = cls(**dict(config.options))
+  if made.length < 1 or getattr(made, "layers", 1) < 1:
+    raise UserError(
+      f"model.drafter.options: length and layers of {config.name} must be 1 or "
+      "more"
+    )
+  return made
 
 
 def make_module(config: ModelConfig, rngs):

@@ -12,7 +12,11 @@ from spec_stream.errors import UserError
 from spec_stream.hf.families import BY_TYPE
 from spec_stream.hf.keys import Keys
 from spec_stream.models import config as model_config
-from spec_stream.models.config import ModelConfig, StreamConfig
+from spec_stream.models.config import (
+  DrafterConfig,
+  ModelConfig,
+  StreamConfig,
+)
 
 NO_STREAMS = StreamConfig(num_streams=0, num_stream_layers=1)
 
@@ -150,7 +154,11 @@ def describe(config: ModelConfig, prefer: str = "") -> tuple[str, dict]:
       "here: export a run of the unquantised base"
     )
   plain = dataclasses.replace(
-    config, streams=NO_STREAMS, dtype="float32", param_dtype="float32"
+    config,
+    streams=NO_STREAMS,
+    drafter=DrafterConfig(),
+    dtype="float32",
+    param_dtype="float32",
   )
   near = collections.Counter()
   for model_type in sorted(BY_TYPE, key=lambda x: x != prefer):

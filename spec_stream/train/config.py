@@ -118,6 +118,9 @@ def resolve(model: ModelConfig, train: TrainConfig) -> ModelConfig:
 
   Raises: UserError if they contradict each other.
   """
+  if train.objective == "next_token":
+    streams = dataclasses.replace(model.streams, num_streams=0)
+    model = dataclasses.replace(model, streams=streams)
   if model.drafter.name:
     registry.options(model.drafter)
     if train.trainable != "drafter" and model.streams.num_streams:
@@ -127,9 +130,12 @@ def resolve(model: ModelConfig, train: TrainConfig) -> ModelConfig:
       )
   elif train.trainable == "drafter":
     raise UserError("train.trainable=drafter needs model.drafter.name")
-  if train.objective == "next_token":
-    streams = dataclasses.replace(model.streams, num_streams=0)
-    model = dataclasses.replace(model, streams=streams)
+  lossless = model.streams.num_streams and model.streams.mode == "lossless"
+  if train.teacher and (lossless or train.trainable == "drafter"):
+    raise UserError(
+      f"train.teacher={train.teacher} teaches the main stream, which is frozen "
+      "here: leave it out"
+    )
   streams = model.streams
   stream_weights(train.stream_weight, streams.num_streams)
   if model.quantize and train.trainable == "all":

@@ -58,7 +58,7 @@ def fit(
   elif last:
     base = checkpoints.read_base(workdir, checkpoints.abstract(model, mesh))
     start.check_base(workdir, model, train, base)
-  teacher, taught = start.load_teacher(train, tokenizer, mesh)
+  teacher, taught = start.load_teacher(train, model, tokenizer, mesh)
   state, shardings = states.init(model, train, mesh, base)
   del base
   if not last and jax.process_index() == 0:

@@ -108,15 +108,14 @@ def load_base(
     old, fresh = run.model, frozenset()
   else:
     old = transformer.merge_lora(run.model)
-  if theirs.drafter != model.drafter:
-    fresh |= weights.of_drafter(model)
+  fresh |= _fresh_drafter(workdir, theirs, model)
   if theirs.quantize not in ("", model.quantize):
     raise UserError(
       f"train.init_from={workdir} has model.quantize={theirs.quantize}: bits "
       "that are gone do not come back, so use the same"
     )
-  if theirs.quantize and old.config.streams.lora_rank and fresh:
-    if theirs.streams.mode == "shared":
+  if theirs.quantize and theirs.streams != model.streams:
+    if theirs.streams.lora_rank and theirs.streams.mode == "shared":
       raise UserError(
         f"train.init_from={workdir} has adapters on a base in "
         f"{theirs.quantize}, which cannot be folded into it: use the same "
@@ -131,7 +130,25 @@ def load_base(
   }
 
 
-def load_teacher(train: TrainConfig, tokenizer, mesh: Mesh):
+def _fresh_drafter(workdir, theirs: ModelConfig, model: ModelConfig):
+  """Paths of the drafter's weights that an earlier run does not give; its own
+  go on where they are alike, whatever its loss was.
+
+  Raises: UserError if the run has a drafter of that name of another shape.
+  """
+  own = weights.of_drafter(model)
+  if theirs.drafter.name != model.drafter.name:
+    return own
+  there, here = weights.shapes(theirs), weights.shapes(model)
+  if {p: there.get(p) for p in own} != {p: here[p] for p in own}:
+    raise UserError(
+      f"train.init_from={workdir} has a {theirs.drafter.name} of another "
+      f"shape: use its model.drafter.options ({dict(theirs.drafter.options)})"
+    )
+  return frozenset()
+
+
+def load_teacher(train: TrainConfig, model: ModelConfig, tokenizer, mesh: Mesh):
   """-> (config, (weights,)) of train.teacher; (None, ()) without one."""
   if not train.teacher:
     return None, ()
@@ -140,6 +157,11 @@ def load_teacher(train: TrainConfig, tokenizer, mesh: Mesh):
     raise UserError(
       f"train.teacher={train.teacher} has another tokenizer than this run: set "
       "data.tokenizer to the teacher's tokenizer.json"
+    )
+  if run.model.config.vocab_size != model.vocab_size:
+    raise UserError(
+      f"train.teacher={train.teacher} has {run.model.config.vocab_size} rows "
+      f"of logits, this model {model.vocab_size}: both need one vocabulary"
     )
   return run.model.config, (weights.to_weights(run.model),)
 

@@ -69,7 +69,7 @@ def optimizer(model: ModelConfig, config: TrainConfig):
 
 
 def _decays(path: str) -> bool:
-  return path.rsplit("/", 1)[-1] not in ("scale", "bias", "table", "embed")
+  return not path.endswith(("scale", "bias", "table", "embed"))
 
 
 def trained_paths(model: ModelConfig, config: TrainConfig) -> frozenset[str]:
