@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from spec_stream import UserError, decode, sampling, sharding, weights
-from spec_stream.drafters.base import Drafter
+from spec_stream.drafters.base import Drafter, Params
 from spec_stream.models.config import ModelConfig
 from spec_stream.models.transformer import merge_lora
 from spec_stream.sharding import AXES
@@ -133,7 +133,8 @@ def decoding(
   graph = []
 
   def folded(values):
-    made, values = nnx.split(merge_lora(weights.to_model(model, values)))
+    target = merge_lora(weights.to_model(model, values))
+    made, values = nnx.split(Params(target))
     graph.append(made)
     return values
 
@@ -149,15 +150,15 @@ def decoding(
   args = np.zeros((batch, prompt), np.int32), numbers, numbers, numbers[:1]
   args = here((*args, jax.eval_shape(lambda: sampling.make(batch))))
   prefill = lambda values, *args: decode._prefill(
-    graph[0], values, drafter, None, slots, num_new, *args
+    graph[0], values, drafter, slots, num_new, *args
   )
   first = decode._prefill.lower(
-    graph[0], values, drafter, None, slots, num_new, *args
+    graph[0], values, drafter, slots, num_new, *args
   )
   state = here(jax.eval_shape(prefill, values, *args))
-  loop = decode._loop.lower(**fixed, weights=values, own=None, state=state)
+  loop = decode._loop.lower(**fixed, weights=values, state=state)
   by_path = {
-    "/".join(map(str, path)): variable.get_value()
+    "/".join(map(str, path[1:])): variable.get_value()
     for path, variable in nnx.to_flat_state(values)
   }
   return first.compile(), loop.compile(), by_path, state

@@ -126,7 +126,7 @@ def configure(settings: dict, vocab_size: int) -> tuple[ModelConfig, str]:
     return model_config.from_dict(values), ""
   streams = StreamConfig(**settings["streams"])
   model = read_config(directory, streams=streams, **chosen)
-  drafter = model_config.drafter_from_dict(settings["drafter"])
+  drafter = model_config.drafter_from_dict(settings.get("drafter", {}))
   return dataclasses.replace(model, drafter=drafter), directory
 
 

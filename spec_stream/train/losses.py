@@ -42,20 +42,20 @@ Metrics = dict[str, jax.Array]
 class LossConfig:
   """Weights of the terms: a_0, a_j (one number or J of them), the pruner's.
 
-  streams: whether streams and pruner count at all: not where a drafter alone is
-    trained.
   target, segment, remat: see `TrainConfig`.
   remat_logits: compute logits again in the backward pass rather than keep them.
+  streams: whether streams and pruner count at all: not where a drafter alone is
+    trained.
   """
 
   main_weight: float = 1.0
   stream_weight: float | tuple[float, ...] = 0.1
   prune_weight: float = 1.0
-  streams: bool = True
   target: str = "labels"
   segment: int = 0
   remat: bool = False
   remat_logits: bool = False
+  streams: bool = True
 
 
 def targets(batch: Batch, at: jax.Array, ahead: int):
