@@ -87,7 +87,7 @@ def test_fresh_heads_say_what_the_target_says(folder):
   trained = checkpoints.load_run(folder / "medusa").model
   trained = weights.to_weights(trained)["drafter/head_kernels"]
   gap = np.abs(trained - started["drafter/head_kernels"])
-  assert gap.mean() < 0.05  # 12 steps from there, not from noise
+  assert gap.mean() < 0.1  # 12 steps from there, not from noise (0.2)
   heads = np.asarray(started["drafter/head_kernels"])
   assert heads.shape[0] == 2
   np.testing.assert_array_equal(heads[1], np.asarray(base["embed/table"]).T)
