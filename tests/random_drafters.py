@@ -3,6 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
+import pytest
 from random_models import CASES as STREAMS
 from random_models import random_model
 
@@ -101,3 +102,12 @@ def make(case: Case, seed: int, dtype="float64"):
 def decoder(case: Case, seed: int, dtype="float64") -> Decoder:
   model, own = make(case, seed, dtype)
   return Decoder(model, case.drafter, own)
+
+
+def in_short(names):
+  """One case of each drafter; the others are slow."""
+  slow = [name for name in names if "," in name and name.split(",")[0] in names]
+  return [
+    pytest.param(name, marks=[pytest.mark.slow] * (name in slow))
+    for name in names
+  ]

@@ -7,6 +7,7 @@ import re
 import sys
 import types
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,6 +19,7 @@ from random_drafters import (
   PLAIN,
   case,
   decoder,
+  in_short,
   make,
 )
 from random_models import random_requests, row
@@ -33,15 +35,6 @@ from spec_stream.tree import TreeSpec
 
 ROOT = pathlib.Path(__file__).parent.parent
 SEEDS = st.integers(0, 2**32 - 1)
-
-
-def in_short(names):
-  """One case of each drafter; the others are slow."""
-  slow = [name for name in names if "," in name and name.split(",")[0] in names]
-  return [
-    pytest.param(name, marks=[pytest.mark.slow] * (name in slow))
-    for name in names
-  ]
 
 
 def decode(decoder, prompts, options):
@@ -118,7 +111,9 @@ def test_float32_differs_in_ties_alone(name):
     assert all(x.margin < 1e-4 for x in found), list(map(str, found))
 
 
-@pytest.mark.parametrize("name", ["lookahead", "eagle"])
+@pytest.mark.parametrize(
+  "name", ["lookahead", pytest.param("eagle", marks=pytest.mark.slow)]
+)
 def test_streaming_gives_the_same(x64, name):
   model, own = make(CASES[name], 5)
   options = dict(max_new_tokens=14, end_token=-1)
@@ -163,14 +158,15 @@ def test_training_finds_right_what_drafting_proposes(x64, name):
   }
   alone = TRAINED[name].drafter.Module is not None
   config = losses.LossConfig(main_weight=0.0, streams=not alone)
-  total, metrics = losses.loss(model, batch, config)
+  loss = jax.jit(lambda batch: losses.loss(model, batch, config))
+  total, metrics = loss(batch)
   assert np.isfinite(total)
   for j in range(1, len(chain)):
     assert metrics[f"accept_{j}"] == 1
   for j in range(1, len(chain)):
     other = {**batch, "tokens": batch["tokens"].copy()}
     other["tokens"][0, at + 1 + j] = (text[at + 1 + j] + 1) % 11
-    _, metrics = losses.loss(model, other, config)
+    _, metrics = loss(other)
     assert metrics[f"accept_{j}"] == 0
 
 
