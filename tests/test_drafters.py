@@ -10,6 +10,7 @@ import types
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_drafters import (
@@ -158,7 +159,11 @@ def test_training_finds_right_what_drafting_proposes(x64, name):
   }
   alone = TRAINED[name].drafter.Module is not None
   config = losses.LossConfig(main_weight=0.0, streams=not alone)
-  loss = jax.jit(lambda batch: losses.loss(model, batch, config))
+  graph, state = nnx.split(model)
+  run = jax.jit(
+    lambda state, batch: losses.loss(nnx.merge(graph, state), batch, config)
+  )
+  loss = lambda batch: run(state, batch)
   total, metrics = loss(batch)
   assert np.isfinite(total)
   for j in range(1, len(chain)):
