@@ -236,6 +236,15 @@ def chain_paths(depth: int) -> tuple[tuple[int, ...], ...]:
   return tuple((0,) * g for g in range(1, depth + 1))
 
 
+def side_by_side(count: int, length: int, first: int = 1):
+  """-> parents and depths [count, length] of chains below the root, whose nodes
+  are numbered from `first` on, chain after chain."""
+  order = np.arange(length)
+  start = first + np.arange(count)[:, None] * length
+  parents = np.where(order > 0, start + order - 1, 0)
+  return parents, np.broadcast_to(1 + order, parents.shape)
+
+
 def check_paths(paths) -> tuple[tuple[int, ...], ...]:
   """Sorted paths with every parent present, or a UserError that says why."""
   try:

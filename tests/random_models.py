@@ -8,10 +8,11 @@ import dataclasses
 
 import numpy as np
 
-from spec_stream import weights
+from spec_stream import ties, weights
 from spec_stream.drafters.streams import StreamDraft
 from spec_stream.models.config import ModelConfig, StreamConfig
 from spec_stream.models.prune import Prune
+from spec_stream.sampling import make as make_sampling
 from spec_stream.tree import TreeSpec
 
 VOCAB = 11
@@ -108,3 +109,18 @@ def random_requests(seed: int, batch=3) -> tuple[list[list[int]], dict]:
 def row(settings: dict, i: int) -> dict:
   """The settings of request i alone."""
   return {k: v[i] if np.ndim(v) else v for k, v in settings.items()}
+
+
+def differences(model, prompts, plain, fast, settings):
+  """Where two outputs of the same requests differ, with margins: see `ties`."""
+  keys = ("temperature", "top_k", "top_p", "seed")
+  return ties.compare(
+    model,
+    prompts,
+    [x.token_ids for x in plain],
+    [x.token_ids for x in fast],
+    [
+      make_sampling(1, **{k: row(settings, i)[k] for k in keys})
+      for i in range(len(prompts))
+    ],
+  )

@@ -23,14 +23,12 @@ from random_drafters import (
   in_short,
   make,
 )
-from random_models import random_requests, row
+from random_models import differences, random_requests
 
-from spec_stream import ties
 from spec_stream.decode import Decoder, collect, stream
 from spec_stream.drafters import registry
 from spec_stream.drafters.none import NoDraft
 from spec_stream.errors import UserError
-from spec_stream.sampling import make as make_sampling
 from spec_stream.train import losses
 from spec_stream.tree import TreeSpec
 
@@ -98,17 +96,7 @@ def test_float32_differs_in_ties_alone(name):
     plain, fast, prompts, options, model = compare(
       name, seed, 3, sampled=True, dtype="float32"
     )
-    keys = ("temperature", "top_k", "top_p", "seed")
-    found = ties.compare(
-      model,
-      prompts,
-      [x.token_ids for x in plain],
-      [x.token_ids for x in fast],
-      [
-        make_sampling(1, **{k: row(options, i)[k] for k in keys})
-        for i in range(len(prompts))
-      ],
-    )
+    found = differences(model, prompts, plain, fast, options)
     assert all(x.margin < 1e-4 for x in found), list(map(str, found))
 
 

@@ -13,17 +13,17 @@ from random_models import (
   CASES,
   VOCAB,
   as_float32,
+  differences,
   random_model,
   random_requests,
   row,
 )
 
-from spec_stream import ties, weights
+from spec_stream import weights
 from spec_stream.decode import Decoder, collect, generate, stream
 from spec_stream.drafters.none import NoDraft
 from spec_stream.drafters.streams import StreamDraft
 from spec_stream.models.config import ModelConfig, StreamConfig
-from spec_stream.sampling import make as make_sampling
 from spec_stream.tree import TreeSpec
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -119,17 +119,7 @@ def test_float32_differs_in_ties_alone(name):
     prompts, options = requests(seed)
     plain = generate(model, prompts, NoDraft(), **options)
     fast = generate(model, prompts, drafter, **options)
-    keys = ("temperature", "top_k", "top_p", "seed")
-    found = ties.compare(
-      model,
-      prompts,
-      [x.token_ids for x in plain],
-      [x.token_ids for x in fast],
-      [
-        make_sampling(1, **{k: row(options, i)[k] for k in keys})
-        for i in range(len(prompts))
-      ],
-    )
+    found = differences(model, prompts, plain, fast, options)
     assert all(x.margin < 1e-4 for x in found), list(map(str, found))
 
 

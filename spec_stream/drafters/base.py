@@ -135,7 +135,7 @@ class DrafterModule(nnx.Module):
   taps: tuple[int, ...] = ()  # layers of the target that its loss reads
 
   @staticmethod
-  def start(config: ModelConfig, weights: dict) -> dict:
+  def start(options: Any, weights: dict) -> dict:
     """What fresh weights copy from the target's, both by path."""
     return {}
 

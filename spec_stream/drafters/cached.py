@@ -25,15 +25,10 @@ Run = Callable[..., tuple[jax.Array, tuple]]
 
 def room(tree: TreeSpec, length: int, slots: int) -> int:
   """Slots of the cache, given those of the target's: drafts need more."""
-  width = max(tree.width, max_level(tree)) if tree.paths else tree.width
+  depths = [len(path) for path in tree.paths]  # fixed trees ask whole levels
+  width = max(tree.width, *map(depths.count, depths), 0)
   longest = tree.reach(length)
   return -(-(slots + longest + width * max(longest - 2, 0)) // 16) * 16
-
-
-def max_level(tree: TreeSpec) -> int:
-  """Most nodes of one depth, of a tree with fixed paths."""
-  depths = [len(path) for path in tree.paths]
-  return max(map(depths.count, depths), default=1)
 
 
 def propose(

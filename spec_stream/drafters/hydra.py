@@ -54,11 +54,9 @@ class Hydra(base.DrafterModule):
     self.head_kernels = base.normal(rngs, *heads)
 
   @staticmethod
-  def start(config: ModelConfig, weights: dict) -> dict:
-    """What fresh heads copy from the target's weights, by path."""
+  def start(options: Options, weights: dict) -> dict:
     head = base.lm_head(weights)
-    length = dict(config.drafter.options).get("length", Options.length)
-    heads = jnp.broadcast_to(head, (length, *head.shape))
+    heads = jnp.broadcast_to(head, (options.length, *head.shape))
     return {"drafter/head_kernels": heads}
 
   def logits(self, hidden: jax.Array, before: jax.Array, j: int) -> jax.Array:
@@ -76,12 +74,9 @@ class Hydra(base.DrafterModule):
     return jnp.matmul(x, head, preferred_element_type=wide(dtype))
 
   def loss(self, model, batch, at, main, config, count, out):
-    options, last = self.options, batch["tokens"].shape[1] - 1
+    options = self.options
     heads = range(1, options.length + 1)
-    words = [
-      model.embed(at_rows(batch["tokens"], jnp.minimum(at + j, last)))
-      for j in heads
-    ]
+    words = [losses.words(model, batch, at, j) for j in heads]
     hidden = at_rows(main, at)
     score = lambda j, model, x: model.drafter.logits(*x, j)
     return losses.ahead(

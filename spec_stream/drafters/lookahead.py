@@ -30,7 +30,7 @@ import numpy as np
 from spec_stream.drafters.base import Accepted, Params, TreeDrafter
 from spec_stream.errors import UserError
 from spec_stream.models.config import ModelConfig
-from spec_stream.tree import TokenTree, TreeSpec
+from spec_stream.tree import TokenTree, TreeSpec, side_by_side
 
 
 @flax.struct.dataclass
@@ -44,12 +44,10 @@ class Window:
 class Lookahead(TreeDrafter):
   """tree: its nodes are shared by window and candidates, half each.
 
-  length: N - 1 tokens of a candidate, 0 for 3 (fewer in small trees); pool: P;
-  chains: G, filled in.
+  length: N - 1 tokens of a candidate, 0 for 3 (fewer in small trees); pool: P.
   """
 
   pool: int = 512
-  chains: int = 0
 
   name = "lookahead"
 
@@ -66,9 +64,14 @@ class Lookahead(TreeDrafter):
         f"lookahead needs at least {1 + 2 * length} nodes for n-grams of "
         f"{length + 1} tokens, not {nodes}"
       )
-    chains = (nodes - 1) // length - width
-    tree = TreeSpec("best_first", 1 + (width + chains) * length, width)
-    return self.resolved(config, tree, length, chains=chains)
+    nodes = 1 + (nodes - 1) // length * length
+    tree = TreeSpec("best_first", nodes, width)
+    return self.resolved(config, tree, length)
+
+  @property
+  def chains(self) -> int:
+    """G of a resolved drafter."""
+    return (self.num_nodes - 1) // self.length - self.tree.width
 
   @property
   def longest(self) -> int:
@@ -120,9 +123,7 @@ class Lookahead(TreeDrafter):
     node = 1 + rows * width + columns  # of a guess
     above = np.where(rows > 0, node - width, columns)  # row 0 is a chain
     depth = 1 + rows + columns
-    first = 1 + width * length + np.arange(self.chains)[:, None] * length
-    chain = np.where(np.arange(length) > 0, first + np.arange(length) - 1, 0)
-    deep = np.broadcast_to(1 + np.arange(length), chain.shape)
+    chain, deep = side_by_side(self.chains, length, 1 + width * length)
     batch = len(root)
     whole = lambda top, *parts: jnp.broadcast_to(
       np.concatenate([[top], *(x.ravel() for x in parts)]).astype(np.int32),

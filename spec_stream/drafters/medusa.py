@@ -33,7 +33,6 @@ from spec_stream.drafters.base import Accepted, Params, TreeDrafter
 from spec_stream.models.attention import at_rows
 from spec_stream.models.config import ModelConfig
 from spec_stream.models.layers import wide
-from spec_stream.models.prune import Prune
 from spec_stream.train import losses
 
 
@@ -62,11 +61,9 @@ class Medusa(base.DrafterModule):
     self.head_kernels = base.normal(rngs, *heads)
 
   @staticmethod
-  def start(config: ModelConfig, weights: dict) -> dict:
-    """What fresh heads copy from the target's weights, by path."""
+  def start(options: Options, weights: dict) -> dict:
     head = base.lm_head(weights)
-    length = dict(config.drafter.options).get("length", Options.length)
-    heads = jnp.broadcast_to(head, (length, *head.shape))
+    heads = jnp.broadcast_to(head, (options.length, *head.shape))
     return {"drafter/head_kernels": heads}
 
   def logits(self, hidden: jax.Array, j: int) -> jax.Array:
@@ -101,7 +98,6 @@ class MedusaDraft(TreeDrafter):
   """tree: its kind and size; length: heads to draft with, 0 for all."""
 
   name = "medusa"
-  prune = Prune()
   Options = Options
   Module = Medusa
 

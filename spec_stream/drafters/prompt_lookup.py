@@ -19,7 +19,7 @@ import numpy as np
 from spec_stream.drafters.base import Accepted, Params, TreeDrafter
 from spec_stream.errors import UserError
 from spec_stream.models.config import ModelConfig
-from spec_stream.tree import TokenTree, TreeSpec
+from spec_stream.tree import TokenTree, TreeSpec, root_only, side_by_side
 
 
 @flax.struct.dataclass
@@ -70,9 +70,7 @@ def lookup(
 def chains_below(root: jax.Array, chains: jax.Array) -> TokenTree:
   """A tree [B, 1 + P K] of chains [B, P, K] side by side below the root."""
   batch, count, ahead = chains.shape
-  first = np.arange(count)[:, None] * ahead + 1
-  parents = np.where(np.arange(ahead), first + np.arange(ahead) - 1, 0)
-  depth = np.broadcast_to(np.arange(1, ahead + 1), parents.shape)
+  parents, depth = side_by_side(count, ahead)
   whole = lambda top, below: jnp.broadcast_to(
     np.concatenate([[top], below.ravel()]).astype(np.int32),
     (batch, 1 + count * ahead),
@@ -100,7 +98,6 @@ class PromptLookup(TreeDrafter):
   """
 
   ngram: int = 3
-  chains: int = 0
 
   name = "prompt_lookup"
 
@@ -126,7 +123,12 @@ class PromptLookup(TreeDrafter):
         "of them at 0"
       )
     tree = TreeSpec(kind, 1 + chains * length)
-    return self.resolved(config, tree, length, chains=chains)
+    return self.resolved(config, tree, length)
+
+  @property
+  def chains(self) -> int:
+    """P of a resolved drafter."""
+    return (self.num_nodes - 1) // self.length if self.length else 0
 
   @property
   def longest(self) -> int:
@@ -142,7 +144,9 @@ class PromptLookup(TreeDrafter):
     # The root is the last word of the n-gram, but not yet committed.
     rows = jnp.arange(len(state.length))
     tokens = state.tokens.at[rows, state.length].set(accepted.root)
+    if not self.chains:
+      return root_only(accepted.root), state
     found = lookup(
-      tokens, state.length + 1, self.ngram, max(self.chains, 1), self.length
+      tokens, state.length + 1, self.ngram, self.chains, self.length
     )
-    return chains_below(accepted.root, found[:, : self.chains]), state
+    return chains_below(accepted.root, found), state

@@ -57,8 +57,7 @@ class Recurrent(base.DrafterModule):
     self.head_kernel = base.normal(rngs, 2 * width, config.vocab_size)
 
   @staticmethod
-  def start(config: ModelConfig, weights: dict) -> dict:
-    """What a fresh head copies from the target's weights, by path."""
+  def start(options: Options, weights: dict) -> dict:
     head = base.lm_head(weights)
     head = jnp.concatenate([jnp.zeros_like(head), head])
     return {"drafter/head_kernel": head}
@@ -81,10 +80,8 @@ class Recurrent(base.DrafterModule):
     return jnp.matmul(x, head, preferred_element_type=wide(dtype))
 
   def loss(self, model, batch, at, main, config, count, out):
-    options, last = self.options, batch["tokens"].shape[1] - 1
-    word = lambda j: model.embed(
-      at_rows(batch["tokens"], jnp.minimum(at + j, last))
-    )
+    options = self.options
+    word = lambda j: losses.words(model, batch, at, j)
     states = [word(1)]
     for j in range(2, options.length + 1):
       states.append(self.next_state(states[-1], word(j)))

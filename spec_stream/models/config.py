@@ -88,8 +88,8 @@ class StreamConfig:
 class DrafterConfig:
   """Weights of a drafter beside the target: a module of `drafters`.
 
-  name: of `drafters.registry`; "" = none. options: what its `Options` differ
-  in from their defaults or not, by name, sorted.
+  name: of `drafters.registry`; "" = none. options: of its `Options`, by name,
+  sorted; what is left out stands at its default.
   """
 
   name: str = ""

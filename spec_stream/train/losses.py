@@ -190,10 +190,7 @@ def loss(
     hidden = [out.streams[:, :, j] for j in range(num_streams)]
     scores = ()
     if model.config.streams.correction_rank:
-      last = batch["tokens"].shape[1] - 1
-      word = lambda j: model.embed(
-        at_rows(batch["tokens"], jnp.minimum(at + j, last))
-      )
+      word = lambda j: words(model, batch, at, j)
       hidden = [(x, word(j)) for j, x in enumerate(hidden, 1)]
       scores = [_corrected] * num_streams
     more, parts = ahead(*rest, weights, hidden, scores, name="stream")
@@ -202,6 +199,12 @@ def loss(
     more, parts = drafter.loss(*rest, out)
     total, metrics = total + more, metrics | parts
   return total, {"loss": total, **metrics}
+
+
+def words(model: Transformer, batch: Batch, at, j: int) -> jax.Array:
+  """[B, U, D] embeddings of the tokens j on from `at`."""
+  last = batch["tokens"].shape[1] - 1
+  return model.embed(at_rows(batch["tokens"], jnp.minimum(at + j, last)))
 
 
 def _taught(teacher: Transformer, batch: Batch, at, config: LossConfig) -> dict:

@@ -171,7 +171,7 @@ def start_drafter(model: ModelConfig, base):
   if not model.drafter.name or weights.of_drafter(model) & set(base):
     return base
   module = registry.trained(model.drafter.name).Module
-  return base | module.start(model, base)
+  return base | module.start(registry.options(model.drafter), base)
 
 
 def check_streams(train: TrainConfig, model: ModelConfig, base):
