@@ -42,6 +42,11 @@ _TREE_NODES = flags.DEFINE_integer(
   "Nodes of a draft, root included; 0: 16 for best_first, what the shape "
   "implies for others.",
 )
+_STOP = flags.DEFINE_multi_string(
+  "stop",
+  [],
+  "Text that ends an answer and is not part of it; may be given several times.",
+)
 _BATCH = flags.DEFINE_integer(
   "batch", 32, "Prompts decoded at once, with --json."
 )
@@ -88,6 +93,7 @@ def main(argv):
   run = checkpoints.Run(model, tokenizer, {}, 0)
   settings["own"] = drafting.own(name, run, drafting.WORKDIR.value or "")
   settings["max_new_tokens"] = drafting.MAX_NEW_TOKENS.value
+  settings["stop"] = _STOP.value
   settings["end_token"] = -1 if tokenizer is None else tokenizer.eos_ids
   if _JSON.value:
     for answer in requests.answers(

@@ -341,6 +341,7 @@ def load_checkpoint(
   if tokenizer:
     words = read_hf_tokenizer(directory)
     check_vocabulary(words, model.vocab_size, directory)
+    model = _with_known(model, words)
   config = {"model": model_config.to_dict(model)}
   return Run(hf.load(directory, model, mesh), words, config, 0)
 
@@ -353,8 +354,16 @@ def load_run(workdir, step: int | None = None, mesh: Mesh | None = None) -> Run:
   config = read_config(workdir)
   model = model_config.from_dict(config["model"])
   tokenizer = read_tokenizer(workdir, model.vocab_size)
+  model = _with_known(model, tokenizer)
   values, step = load_weights(workdir, model, step, mesh)
   return Run(weights.to_model(model, values), tokenizer, config, step)
+
+
+def _with_known(model: ModelConfig, tokenizer) -> ModelConfig:
+  """The model whose padding is never drawn: checkpoints pad vocabularies."""
+  known = tokenizer.vocab_size
+  padded = known if known < model.vocab_size else 0
+  return dataclasses.replace(model, known_tokens=padded)
 
 
 def _abstract(tree):

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from spec_stream.drafters.base import Accepted, Drafter, Params
+from spec_stream import stops
+from spec_stream.drafters.base import Accepted, Drafter, Params, check_rule
 from spec_stream.drafters.streams import StreamDraft
 from spec_stream.errors import UserError
 from spec_stream.models.transformer import Transformer, merge_lora
@@ -73,6 +74,7 @@ def _drafts(graphdef, weights, drafter, count, state):
     if drafter.taps
     else None,
     draws=state.tree.tokens,
+    sampling=state.sampling,
   )
 
   def draft(_, carry):
@@ -111,6 +113,7 @@ class Decoder:
     if isinstance(own, Transformer):
       own = merge_lora(own)
     self.drafter = drafter.resolve(model.config, own)
+    check_rule(self.drafter)
     self.graphdef, self.weights = nnx.split(Params(target, own))
 
   def start(
@@ -119,10 +122,8 @@ class Decoder:
     *,
     max_new_tokens: int | Sequence[int] = 128,
     end_token: int | Sequence[int] = -1,
-    temperature=0.0,
-    top_k=0,
-    top_p=1.0,
-    seed=0,
+    stop: Sequence[Sequence[int]] | np.ndarray = (),
+    **sampling,
   ) -> DecodeState:
     """Prefill of a batch of prompts; arguments as in `generate`."""
     prompts = [np.asarray(p, np.int64) for p in prompts]
@@ -136,6 +137,8 @@ class Decoder:
           f"end token {end} is outside the vocabulary of "
           f"{self.config.vocab_size} tokens"
         )
+    if not isinstance(stop, np.ndarray):
+      stop = stops.of_tokens(stop, self.config.vocab_size) if stop else None
     padded = np.zeros((batch, bucket), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
       row[: len(prompt)] = prompt
@@ -149,7 +152,8 @@ class Decoder:
       np.array([len(p) for p in prompts], np.int32),
       limits.astype(np.int32),
       ends.astype(np.int32),
-      make_sampling(batch, temperature, top_k, top_p, seed),
+      stop,
+      make_sampling(batch, **sampling),
     )
 
   def finish(self, state: DecodeState) -> DecodeState:
@@ -238,8 +242,22 @@ def tokens_per_call(generations: Sequence[Generation]) -> float:
   return sum(len(g.token_ids) for g in generations) / calls
 
 
+def _check_finite(state: DecodeState):
+  broken = np.flatnonzero(jax.device_get(state.broken))
+  if broken.size:
+    raise UserError(
+      f"the model's logits are not finite after {state.num_tokens[broken[0]]} "
+      f"new tokens of prompt {broken[0]} of its batch: its weights hold NaN or "
+      "infinity, or are too large for its dtype"
+    )
+
+
 def collect(state: DecodeState) -> list[Generation]:
-  """The outputs of a finished state, on the host."""
+  """The outputs of a finished state, on the host.
+
+  Raises: UserError if a row met logits that are not finite.
+  """
+  _check_finite(state)
   state = jax.device_get(
     (state.tokens, state.calls, state.num_tokens, state.accepts)
   )
@@ -268,9 +286,9 @@ def generate(
     prompts: token ids; rows may differ in length.
     drafter: StreamDraft() if None.
     own: the drafter's own weights, see `Decoder`.
-    **settings: max_new_tokens=128, temperature=0 (greedy), top_k=0 (off),
-      top_p=1 (off), seed=0: one value or one per prompt; end_token=-1 (none),
-      or several, any of which ends a row.
+    **settings: max_new_tokens=128 and those of `sampling.make`, one value or
+      one per prompt; end_token=-1 (none), or several, any of which ends a row;
+      stop=(), sequences of token ids that do, or a table of `stops` for text.
       The noise of a request depends on its seed and on positions alone: the
       same prompt and seed give the same tokens in any batch, with any drafter.
 
@@ -301,10 +319,12 @@ def stream(
   """`generate` for one prompt, call by call, with the drafts."""
   decoder = Decoder(model, drafter or StreamDraft(), own)
   state = decoder.start([prompt], **settings)
+  _check_finite(state)
   yield Step(state.tokens[0, :1].tolist(), None, [])
   while not bool(state.done[0]):
     before, tree = state, jax.tree.map(lambda x: np.asarray(x[0]), state.tree)
     state = decoder.step(state)
+    _check_finite(state)
     first, last = int(before.num_tokens[0]), int(state.num_tokens[0])
     accepts = np.asarray(state.accepts[0] - before.accepts[0]).sum()
     drawn = np.asarray(state.tokens[0, first : first + accepts])

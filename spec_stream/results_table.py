@@ -19,6 +19,8 @@ SETTINGS = {
   "temperature": "temperature",
   "top_k": "top k",
   "top_p": "top p",
+  "min_p": "min p",
+  "repetition_penalty": "penalty",
   "batch": "batch",
   "prompts": "prompts",
   "repeats": "repeats",
@@ -36,7 +38,14 @@ SETTINGS = {
   "date": "date",
   "command": "command",
 }
-_OFF = {"top_k": 0, "top_p": 1, "kept_nodes": 0, "prune_threshold": 0}
+_OFF = {
+  "top_k": 0,
+  "top_p": 1,
+  "min_p": 0,
+  "repetition_penalty": 1,
+  "kept_nodes": 0,
+  "prune_threshold": 0,
+}
 
 
 def _speedup(row):

@@ -23,7 +23,7 @@ from spec_stream.models.transformer import (
   forward,
   merge_lora,
 )
-from spec_stream.sampling import Sampling, scores
+from spec_stream.sampling import Sampling, scores, seen_in
 
 # Widest margin of a tie between scores (logits plus noise) of size about 10.
 WIDEST_TIE = {"float64": 1e-9, "float32": 1e-4}
@@ -136,4 +136,8 @@ def _next_scores(graphdef, weights, tokens, length, at, sampling):
   last = jnp.take(out.main, length - 1, 1)[:, None]
   depth = jnp.zeros((1, 1), jnp.int32)
   position = jnp.reshape(length - 1, (1,))
-  return scores(model.logits(last), depth, position, 1, sampling)[0, 0]
+  seen = None
+  if sampling.penalized:
+    counts = (order < length)[None]
+    seen = seen_in(tokens, counts, model.config.vocab_size)[:, None]
+  return scores(model.logits(last), depth, position, 1, sampling, seen)[0, 0]

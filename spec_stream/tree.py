@@ -266,6 +266,18 @@ def check_paths(paths) -> tuple[tuple[int, ...], ...]:
   return tuple(sorted(paths, key=lambda p: (len(p), p)))
 
 
+def check_ranks(paths):
+  """Raises: UserError if siblings leave a rank out: (0,) and (2,), say."""
+  known = set(paths)
+  for path in paths:
+    before = (*path[:-1], path[-1] - 1)
+    if path[-1] and before not in known:
+      raise UserError(
+        f"tree path {list(path)} without {list(before)}: drawn siblings must "
+        "leave no rank out"
+      )
+
+
 @dataclasses.dataclass(frozen=True)
 class TreeSpec:
   """Which tree to build from the streams; static, hashable.

@@ -87,6 +87,13 @@ class Tokenizer:
     """Text of `ids`, specials left out; half a character decodes to U+FFFD."""
     return self._core.decode(list(map(int, ids)), skip_special_tokens=True)
 
+  def token_bytes(self, token: int) -> bytes:
+    """What a token adds to a text; nothing for specials and unknown ids."""
+    from spec_stream.hf.bpe import level_bytes
+
+    known = len(SPECIALS) <= token < self.vocab_size
+    return level_bytes(self._core.id_to_token(token)) if known else b""
+
   def hash(self) -> str:
     """sha256 of the tokenizer's JSON form."""
     return hashlib.sha256(self._core.to_str().encode()).hexdigest()

@@ -151,6 +151,8 @@ class ModelConfig:
   attention_scale: of the scores; 0 for head_dim^-0.5. *_softcap: scores or
     logits x become c tanh(x / c); 0 for none.
   embed_scale: what token embeddings are multiplied by.
+  known_tokens: those that the tokenizer has, 0 for all. Checkpoints pad their
+    vocabulary, and what is behind is never drawn; set where a model is loaded.
   quantize: "int8" or "int4" stores the kernels of the blocks so, see `quant`:
     a frozen base, to be trained with adapters; "" as param_dtype says.
   """
@@ -190,6 +192,7 @@ class ModelConfig:
   tie_embeddings: bool = True
   dtype: str = "float32"
   param_dtype: str = "float32"
+  known_tokens: int = 0
   quantize: str = ""
   streams: StreamConfig = StreamConfig()
   drafter: DrafterConfig = DrafterConfig()
