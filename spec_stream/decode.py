@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from spec_stream import stops
+from spec_stream import refill, stops
 from spec_stream.drafters.base import Accepted, Drafter, Params, check_rule
 from spec_stream.drafters.streams import StreamDraft
 from spec_stream.errors import UserError
@@ -37,6 +37,12 @@ _STATIC = ("graphdef", "drafter", "slots", "num_new")
 def _prefill(graphdef, weights, drafter, slots, num_new, *args):
   params = nnx.merge(graphdef, weights)
   return prefill(params, drafter, *args, slots=slots, num_new=num_new)
+
+
+@functools.partial(jax.jit, static_argnames=(*_STATIC, "batch"))
+def _serve(graphdef, weights, drafter, slots, num_new, batch, requests):
+  params = nnx.merge(graphdef, weights)
+  return refill.serve(params, drafter, requests, batch, slots, num_new)
 
 
 @functools.partial(
@@ -116,16 +122,42 @@ class Decoder:
     check_rule(self.drafter)
     self.graphdef, self.weights = nnx.split(Params(target, own))
 
-  def start(
+  def start(self, prompts: Sequence[Sequence[int]], **settings) -> DecodeState:
+    """Prefill of a batch of prompts; arguments as in `generate`."""
+    args, slots, num_new = self._requests(prompts, **settings)
+    return _prefill(
+      self.graphdef, self.weights, self.drafter, slots, num_new, *args
+    )
+
+  def serve(
+    self, prompts: Sequence[Sequence[int]], batch: int, **settings
+  ) -> refill.Served:
+    """All prompts by `batch` rows in one compiled loop: see `refill`."""
+    if not 0 < batch <= len(prompts):
+      raise UserError(
+        f"batch={batch} must lie between 1 and the {len(prompts)} prompts"
+      )
+    args, slots, num_new = self._requests(prompts, **settings)
+    return _serve(
+      self.graphdef,
+      self.weights,
+      self.drafter,
+      slots,
+      num_new,
+      batch,
+      refill.Requests(*args),
+    )
+
+  def _requests(
     self,
-    prompts: Sequence[Sequence[int]],
+    prompts,
     *,
     max_new_tokens: int | Sequence[int] = 128,
     end_token: int | Sequence[int] = -1,
     stop: Sequence[Sequence[int]] | np.ndarray = (),
     **sampling,
-  ) -> DecodeState:
-    """Prefill of a batch of prompts; arguments as in `generate`."""
+  ) -> tuple[tuple, int, int]:
+    """-> (what `prefill` takes, slots, room for new tokens), checked."""
     prompts = [np.asarray(p, np.int64) for p in prompts]
     batch = len(prompts)
     limits = np.broadcast_to(np.asarray(max_new_tokens, np.int64), (batch,))
@@ -142,12 +174,7 @@ class Decoder:
     padded = np.zeros((batch, bucket), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
       row[: len(prompt)] = prompt
-    return _prefill(
-      self.graphdef,
-      self.weights,
-      self.drafter,
-      slots,
-      num_new,
+    args = (
       padded,
       np.array([len(p) for p in prompts], np.int32),
       limits.astype(np.int32),
@@ -155,6 +182,7 @@ class Decoder:
       stop,
       make_sampling(batch, **sampling),
     )
+    return args, slots, num_new
 
   def finish(self, state: DecodeState) -> DecodeState:
     """Decodes to the end of every row. `state` is donated."""
@@ -242,7 +270,7 @@ def tokens_per_call(generations: Sequence[Generation]) -> float:
   return sum(len(g.token_ids) for g in generations) / calls
 
 
-def _check_finite(state: DecodeState):
+def _check_finite(state: DecodeState | refill.Served):
   broken = np.flatnonzero(jax.device_get(state.broken))
   if broken.size:
     raise UserError(
@@ -252,15 +280,17 @@ def _check_finite(state: DecodeState):
     )
 
 
-def collect(state: DecodeState) -> list[Generation]:
+def collect(state: DecodeState | refill.Served) -> list[Generation]:
   """The outputs of a finished state, on the host.
 
   Raises: UserError if a row met logits that are not finite.
   """
   _check_finite(state)
-  state = jax.device_get(
+  done = jax.device_get(
     (state.tokens, state.calls, state.num_tokens, state.accepts)
   )
+  if isinstance(state, refill.Served):
+    done = [x[:-1] for x in done]
   return [
     Generation(
       token_ids=tokens[:count].tolist(),
@@ -268,7 +298,7 @@ def collect(state: DecodeState) -> list[Generation]:
       target_calls=1 + int(accepts[0]),
       accepts=accepts.tolist(),
     )
-    for tokens, calls, count, accepts in zip(*state, strict=True)
+    for tokens, calls, count, accepts in zip(*done, strict=True)
   ]
 
 
@@ -277,15 +307,18 @@ def generate(
   prompts: Sequence[Sequence[int]],
   drafter: Drafter | None = None,
   own=None,
+  batch: int = 0,
   **settings,
 ) -> list[Generation]:
-  """Decodes a batch of prompts (token ids) in one compiled loop.
+  """Decodes prompts (token ids) in one compiled loop.
 
   Args:
     model: the target.
     prompts: token ids; rows may differ in length.
     drafter: StreamDraft() if None.
     own: the drafter's own weights, see `Decoder`.
+    batch: rows decoded at once; a row that is done goes on with the next prompt
+      (see `refill`). 0: a row for each prompt.
     **settings: max_new_tokens=128 and those of `sampling.make`, one value or
       one per prompt; end_token=-1 (none), or several, any of which ends a row;
       stop=(), sequences of token ids that do, or a table of `stops` for text.
@@ -297,6 +330,8 @@ def generate(
       of range; a drafter that does not fit the model.
   """
   decoder = Decoder(model, drafter or StreamDraft(), own)
+  if batch:
+    return collect(decoder.serve(prompts, batch, **settings))
   return collect(decoder.finish(decoder.start(prompts, **settings)))
 
 
