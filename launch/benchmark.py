@@ -63,7 +63,7 @@ _EXPLAIN = flags.DEFINE_bool(
   False,
   "For each prompt whose tokens are not those of plain decoding: where they "
   "part, both tokens, how close they are, and what plain decoding itself gives "
-  "there through matrices of other shapes. Adds <workdir>/differences.jsonl.",
+  "there through matrices of other shapes. Writes <workdir>/differences.jsonl.",
 )
 _checkpoint = drafting.define_checkpoint()
 _sampling = drafting.define_sampling()

@@ -6,8 +6,8 @@ import json
 from absl import flags
 
 from common import UserError
-from spec_stream import accept
 from spec_stream.drafters import registry
+from spec_stream.rules import RULES
 
 WORKDIR = flags.DEFINE_string(
   "workdir", None, "Directory of the run, as launch/train.py wrote it."
@@ -46,10 +46,11 @@ PRUNE_THRESHOLD = flags.DEFINE_float(
 ACCEPT = flags.DEFINE_enum(
   "accept",
   "exact",
-  accept.RULES,
+  RULES,
   "What of a draft is accepted. exact: the tokens that plain decoding draws "
   "under the same seed. rejection: drafts are drawn at random and the output "
-  "is distributed as that of plain decoding (streams, trees of fixed shape). "
+  "is distributed as that of plain decoding (streams; chains, if --tree names "
+  "no other fixed shape). "
   "typical: NOT lossless, what the target finds likely enough.",
 )
 MAX_NEW_TOKENS = flags.DEFINE_integer(
@@ -168,6 +169,8 @@ def make(drafter: str, tree_nodes: int = 0):
     kind, paths = "paths", _read_paths(kind)
   if name == "redrafter" and not flags.FLAGS["tree"].present:
     kind = "beam"
+  if ACCEPT.value == "rejection" and not flags.FLAGS["tree"].present:
+    kind = "chain"
   drafter = registry.get(name).of(
     TreeSpec(kind, tree_nodes, TREE_WIDTH.value, paths),
     DRAFT_LENGTH.value,
@@ -207,6 +210,7 @@ def _check_used(names):
     ("kept_nodes", {"streams"}),
     ("prune_threshold", {"streams"}),
     ("tree_width", set(registry.DRAFTERS) - chains),
+    ("accept", set(registry.DRAFTERS) - {"none"}),
   ):
     if flags.FLAGS[flag].present and not heeded & set(names):
       raise UserError(

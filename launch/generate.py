@@ -57,7 +57,7 @@ _JSON = flags.DEFINE_bool(
   "json",
   False,
   "Print one object a prompt and nothing else: text, token_ids (the new ones), "
-  "target_calls, tokens_per_call.",
+  "target_calls, tokens_per_call, lossless.",
 )
 _SHOW_STEPS = flags.DEFINE_bool(
   "show_steps", False, "Give the tokens of each call a colour of their own."
@@ -111,6 +111,7 @@ def main(argv):
 def _show(model, tokenizer, request, drafter, settings, colours):
   """Prints one answer as it comes, then its counts."""
   from spec_stream import requests
+  from spec_stream.rules import LOSSY
 
   begin = time.perf_counter()
   tokens = calls = shown = 0
@@ -127,6 +128,8 @@ def _show(model, tokenizer, request, drafter, settings, colours):
     print(
       f"{tokens} tokens in {calls} calls, {tokens / calls:.2f} tokens per "
       f"call, {seconds:.1f} s with compilation"
+      + f"; accept={drafter.rule} is NOT lossless"
+      * (drafter.rule in LOSSY)
     )
 
 

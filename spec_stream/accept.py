@@ -24,8 +24,6 @@ import numpy as np
 
 from spec_stream.tree import TokenTree, path_to
 
-RULES = ("exact", "rejection", "typical")
-LOSSY = ("typical",)
 EPSILON, DELTA = 0.09, 0.3  # Medusa's own; delta is the root of epsilon
 
 

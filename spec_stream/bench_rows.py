@@ -20,7 +20,6 @@ import jax
 import numpy as np
 
 from spec_stream import sampling, ties
-from spec_stream.accept import LOSSY
 from spec_stream.bench import NOISE, Measured, Settings
 from spec_stream.decode import Generation, tokens_per_call
 from spec_stream.drafters.base import Drafter
@@ -28,6 +27,7 @@ from spec_stream.models.lora import LoRAParam
 from spec_stream.models.prune import PruneParam
 from spec_stream.models.streams import StreamParam
 from spec_stream.models.transformer import Transformer, num_params
+from spec_stream.rules import LOSSY
 
 POSITIONS_PER_BIN = 8
 RESAMPLES = 2000
@@ -73,8 +73,6 @@ def rows(
         "draft_from": method.source or None,
         "draft_ms": draft,
         "draft_share": draft / step if draft and step else None,
-        "accept": result.drafter.rule,
-        "lossless": result.drafter.rule not in LOSSY,
         **settings.sampling(),
         "batch": settings.batch,
         "repeats": settings.repeats,
@@ -187,6 +185,8 @@ def tree_fields(drafter: Drafter) -> dict:
     "tree_width": tree and tree.width,
     "kept_nodes": drafter.prune.kept_nodes,
     "prune_threshold": drafter.prune.threshold,
+    "accept": drafter.rule,
+    "lossless": drafter.rule not in LOSSY,
   }
 
 
@@ -271,9 +271,15 @@ def _step_ms(result: Measured) -> float | None:
 # -- agreement with plain decoding -------------------------------------------
 
 
+def promises(drafter: Drafter, settings: Settings) -> bool:
+  """Whether the tokens of plain decoding are: where they are certain, by each
+  rule; where they are drawn, by "exact" alone."""
+  return drafter.rule == "exact" or settings.temperature == 0
+
+
 def _agreement(model, prompts, result, by_name, settings) -> dict:
   """identical, max_tie_margin, and mismatch: words for what is no tie."""
-  if result.method.expects is None:
+  if result.method.expects is None or not promises(result.drafter, settings):
     return {"identical": None, "max_tie_margin": None, "mismatch": None}
   seeds = settings.seeds(len(prompts))
   draws = [
@@ -289,9 +295,7 @@ def _agreement(model, prompts, result, by_name, settings) -> dict:
   )
   widest = max(found, key=lambda d: d.margin, default=None)
   bound = ties.widest_tie(model.config.dtype)
-  # Other rules give other tokens where they sample, and no more is promised.
-  exact = result.drafter.rule == "exact"
-  wrong = exact and widest is not None and widest.margin >= bound
+  wrong = widest is not None and widest.margin >= bound
   finite = widest is not None and math.isfinite(widest.margin)
   return {
     "identical": 1 - len(found) / len(prompts),

@@ -287,7 +287,7 @@ def _check_weights(workdir, step: int, target: dict):
   )
 
 
-def _check_tokenizer(workdir, step: int, tokenizer):
+def check_tokenizer(workdir, step: int, tokenizer):
   """Raises: UserError unless it is the tokenizer that the run trained with."""
   kept = _manifest(workdir, step).get("tokenizer")
   if kept and kept != tokenizer.hash():
@@ -406,13 +406,14 @@ def load_run(workdir, step: int | None = None, mesh: Mesh | None = None) -> Run:
   tokenizer = read_tokenizer(workdir, model.vocab_size)
   model = _with_known(model, tokenizer)
   values, step = load_weights(workdir, model, step, mesh)
-  _check_tokenizer(workdir, step, tokenizer)
+  check_tokenizer(workdir, step, tokenizer)
   return Run(weights.to_model(model, values), tokenizer, config, step)
 
 
 def _with_known(model: ModelConfig, tokenizer) -> ModelConfig:
   """The model whose padding is never drawn: checkpoints pad vocabularies."""
-  known = tokenizer.vocab_size
+  # An end may lie behind the tokenizer's own: config files may say so.
+  known = max(tokenizer.vocab_size, *(1 + end for end in tokenizer.eos_ids), 0)
   padded = known if known < model.vocab_size else 0
   return dataclasses.replace(model, known_tokens=padded)
 

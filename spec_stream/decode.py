@@ -171,6 +171,11 @@ class Decoder:
         )
     if not isinstance(stop, np.ndarray):
       stop = stops.of_tokens(stop, self.config.vocab_size) if stop else None
+    elif stop.ndim != 2 or stop.shape[1] != self.config.vocab_size:
+      raise UserError(
+        f"stop has shape {stop.shape}: give lists of token ids, or a table of "
+        "spec_stream.stops for this vocabulary"
+      )
     padded = np.zeros((batch, bucket), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
       row[: len(prompt)] = prompt

@@ -8,10 +8,11 @@ itself, no drafter is to blame; where it never does and the margin is wide, one
 is.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
-from spec_stream import sampling, text_table, ties
+from spec_stream import bench_rows, sampling, text_table, ties
 from spec_stream.bench import Measured, Settings
 from spec_stream.decode import generate
 from spec_stream.detokenize import token_text
@@ -27,8 +28,8 @@ def differences(
 ) -> list[dict]:
   """One json-able dict for each prompt that a method decodes otherwise.
 
-  Those of methods that accept by another rule than "exact" are left out: they
-  promise no equal tokens.
+  Methods that promise no equal tokens are left out: they sample, and accept by
+  another rule than "exact".
 
   method, tree_nodes, prompt; position: of the first token that differs, among
   the new ones; plain, drafted: the two tokens; margin: how far the worse is
@@ -43,7 +44,9 @@ def differences(
   ]
   found = []
   for result in results:
-    if result.method.expects is None or result.drafter.rule != "exact":
+    if result.method.expects is None:
+      continue
+    if not bench_rows.promises(result.drafter, settings):
       continue
     expected = by_name[result.method.expects]
     plain = [g.token_ids for g in expected.generations]
@@ -71,7 +74,7 @@ def differences(
           "position": d.position,
           "plain": tokens[0],
           "drafted": tokens[1],
-          "margin": d.margin if d.tokens else None,
+          "margin": d.margin if math.isfinite(d.margin) else None,
           "whole": d.whole,
           "plain_in_batch": departs(NoDraft(attach), settings.batch + 1),
           "plain_in_tree": departs(wide, settings.batch),
@@ -83,7 +86,7 @@ def differences(
 def render(found: Sequence[dict], tokenizer) -> str:
   """A table and a line of counts; the words of tokens where they are known."""
   if not found:
-    return "No prompt differs from plain decoding."
+    return "No prompt differs from plain decoding, of methods that promise so."
   word = lambda token: (
     "" if token is None else repr(token_text(tokenizer, token))
   )
@@ -96,7 +99,11 @@ def render(found: Sequence[dict], tokenizer) -> str:
     "drafted": [word(d["drafted"]) for d in found],
     "one pass": [word(d["whole"]) for d in found],
     "margin": [
-      "one ended" if d["margin"] is None else f"{d['margin']:.1e}"
+      f"{d['margin']:.1e}"
+      if d["margin"] is not None
+      else "one ended"
+      if d["plain"] is None
+      else "excluded"  # one of the two by a filter
       for d in found
     ],
     "plain departs in a batch": [yes(d["plain_in_batch"]) for d in found],

@@ -10,7 +10,6 @@ import pathlib
 from collections.abc import Iterator, Sequence
 
 from spec_stream import checkpoints, stops, weights
-from spec_stream.accept import LOSSY
 from spec_stream.data import chat_prompts, rows
 from spec_stream.decode import Decoder, collect, stream
 from spec_stream.detokenize import Detokenizer
@@ -18,6 +17,7 @@ from spec_stream.drafters.base import Drafter
 from spec_stream.errors import UserError
 from spec_stream.models.config import ModelConfig, from_dict
 from spec_stream.models.transformer import Transformer
+from spec_stream.rules import LOSSY
 
 # Of a run or a checkpoint: any of them says that it has a tokenizer.
 _TOKENIZERS = ("tokenizer.json", "tokenizer", "tokenizer.model", "vocab.json")
@@ -250,9 +250,8 @@ def answers(
     )
     for generation in collect(decoder.finish(state)):
       ids = generation.token_ids
-      text = None if tokenizer is None else tokenizer.decode(ids)
       yield {
-        "text": text and stops.cut(text, stop),
+        "text": None if tokenizer is None else _text(tokenizer, ids, stop),
         "token_ids": ids,
         "target_calls": generation.target_calls,
         "tokens_per_call": round(generation.tokens_per_call, 4),
@@ -280,22 +279,39 @@ def pieces(
   settings["stop"] = _stop_table(tokenizer, stop, model.config)
   ids = request.encode(tokenizer, model.config, max_new_tokens)
   detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
-  steps, waiting = stream(model, ids, drafter, own, **settings), ""
-  for i, step in enumerate(steps):
+  found, whole, shown = [], "", 0
+  for i, step in enumerate(stream(model, ids, drafter, own, **settings)):
     if detokenizer is None:
       words = " ".join(map(str, step.token_ids))
       yield (" " if i else "") + words, len(step.token_ids)
       continue
-    waiting += detokenizer.push(step.token_ids)
-    ready = len(waiting) - stops.held(waiting, stop)
-    if stops.cut(waiting, stop) != waiting:
-      ready = 0  # the end has come: the rest is given out below
-    yield waiting[:ready], len(step.token_ids)
-    waiting = waiting[ready:]
+    found += step.token_ids
+    whole += detokenizer.push(step.token_ids)
+    ready = len(_text(tokenizer, found, stop)) if stop else len(whole)
+    if ready >= len(whole):  # no stop has come, but one may have begun
+      ready = len(whole) - stops.held(whole, stop)
+    yield whole[shown:ready], len(step.token_ids)
+    shown = max(shown, ready)
   if detokenizer is not None:
-    waiting += detokenizer.flush()
-    if rest := stops.cut(waiting, stop):
+    whole += detokenizer.flush()
+    text = _text(tokenizer, found, stop) if stop else whole
+    if rest := text[shown:]:
       yield rest, 0
+
+
+def _text(tokenizer, ids: Sequence[int], stop: Sequence[str]) -> str:
+  """Text of tokens up to where the first stop begins.
+
+  Found in bytes, as the loop does: a tokenizer may take a space from the start
+  of a text.
+  """
+  text = tokenizer.decode(ids)
+  if not stop:
+    return text
+  data = b"".join(tokenizer.token_bytes(int(i)) for i in ids)
+  behind = stops.behind(data, [x.encode() for x in stop])
+  size = len(behind.decode("utf-8", "replace"))
+  return text[: max(len(text) - size, 0)]
 
 
 def _stop_table(tokenizer, stop: Sequence[str], config: ModelConfig):
@@ -303,4 +319,6 @@ def _stop_table(tokenizer, stop: Sequence[str], config: ModelConfig):
     raise UserError(
       "--stop is text, which this model has no tokenizer for: leave it out"
     )
+  for text in stop:
+    rows.text(text, "--stop")
   return stops.of_text(tokenizer, stop, config.vocab_size) if stop else ()

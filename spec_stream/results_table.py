@@ -146,7 +146,7 @@ def _side(name):
 
 
 def _caveat(row):
-  lossy = row.get("accept") == "typical"
+  lossy = row.get("lossless") is False
   return " <small>(not lossless)</small>" if lossy else ""
 
 
@@ -190,7 +190,7 @@ def tiles(rows):
   low, high = row.get("speedup_low"), row.get("speedup_high")
   interval = "" if None in (low, high) else f", {low:.2f}–{high:.2f}"
   tile = '<div class="tile"><b>{}</b><span>{}</span></div>'.format
-  words = f"decoding speed-up{interval} ({escape(what)})"
+  words = f"decoding speed-up{interval} ({escape(what)}){_caveat(row)}"
   parts = [tile(ratio(row["speedup"]), words)]
   if row.get("tokens_per_call") is not None:
     parts.append(

@@ -56,11 +56,14 @@ def make(
   """
 
   def rows(name, value, dtype, valid, right):
-    value = np.asarray(value)
+    with np.errstate(over="ignore"):
+      given = value = np.asarray(value)
+      if dtype == np.float32:  # what is too small or large for it is no number
+        value = value.astype(dtype)
     if value.ndim > 1 or (value.ndim == 1 and value.shape[0] != batch):
       raise UserError(f"{name} must be one number or one per request ({batch})")
     if not np.all(valid(value)):
-      raise UserError(f"{name} must be {right}, not {value.tolist()}")
+      raise UserError(f"{name} must be {right}, not {given.tolist()}")
     return np.broadcast_to(value, (batch,)).astype(dtype)
 
   finite = lambda x: np.isfinite(x) & (x >= 0)
@@ -98,8 +101,7 @@ def noise(
 ) -> jax.Array:
   """Noise [B, P, size] float32 for seed [B] and positions [B, P].
 
-  purpose: "target" and "draft" are Gumbel noise, "accept" is uniform in [0, 1);
-  they are independent of each other.
+  purpose: "target" and "draft" are Gumbel noise, "accept" is uniform in [0, 1).
   """
   kind = ("target", "draft", "accept").index(purpose)
   make = jax.random.uniform if purpose == "accept" else jax.random.gumbel

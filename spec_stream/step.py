@@ -2,8 +2,8 @@
 
     prefill  the prompt -> first token (the root), first draft
     step     verify the draft with one forward pass; accept its longest path
-             that the target would have drawn; commit the path's keys and
-             values; the target's last draw is the new root; draft again
+             that the target goes along with; commit the path's keys and
+             values; the target's own next token is the new root; draft again
 
 Plain autoregressive decoding is the same with a tree of one node. Between
 steps, for each row: `cache.length == prompt length + num_tokens - 1`, since the
@@ -184,8 +184,10 @@ def step(params: Params, drafter: Drafter, state: DecodeState) -> DecodeState:
     )
     accepted = _accept(drafter, state, tree, logits, draws, seen)
     count, ended, stop_state = _emitted(state, accepted)
-    broken = jnp.take_along_axis(_not_finite(logits), accepted.path, 1).any(1)
-    broken = state.broken | broken & ~state.done
+    broken = jnp.take_along_axis(_not_finite(logits), accepted.path, 1)
+    # A token that is cut emits nothing, whatever came of it.
+    broken &= jnp.arange(longest) < count[:, None]
+    broken = state.broken | broken.any(1)
   with jax.named_scope("commit"):
     # Where to write depends, for XLA, on the draws (which are never negative):
     # else it moves the writes of a plain step ahead of other layers' reads, and

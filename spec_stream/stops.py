@@ -35,12 +35,14 @@ def of_tokens(stops: Sequence[Sequence[int]], vocab_size: int) -> np.ndarray:
   Raises: UserError if a stop is empty or holds what is no token.
   """
   for stop in stops:
+    if not isinstance(stop, Sequence | np.ndarray) or isinstance(stop, str):
+      raise UserError(f"stop={stop!r} must be a list of token ids")
     if bad := [t for t in stop if not 0 <= t < vocab_size]:
       raise UserError(
         f"a stop sequence has token {bad[0]}: the vocabulary ends at "
         f"{vocab_size - 1}"
       )
-  return of_pieces(stops, np.arange(vocab_size)[:, None], vocab_size)
+  return _padded(_letters(stops, vocab_size))
 
 
 def of_pieces(
@@ -51,12 +53,27 @@ def of_pieces(
   """Table [S, V] int32: the state after each token in each state.
 
   State 0 is the start; the last state means that a stop is complete, and is
-  never left.
+  never left. S is a power of two, so that other stops of about that length
+  compile nothing.
 
   Args:
     stops: each some letters, whole numbers below `letters`.
     pieces: for each token its letters.
   """
+  step = _letters(stops, letters)
+  longest = max(map(len, pieces), default=0)
+  letter = np.full((len(pieces), longest), -1, np.int16)
+  for row, piece in zip(letter, pieces):
+    row[: len(piece)] = list(piece)
+  table = np.repeat(np.arange(len(step))[:, None], len(pieces), 1)
+  for i in range(longest):
+    live = np.flatnonzero(letter[:, i] >= 0)  # few tokens are long
+    table[:, live] = step[table[:, live], letter[live, i]]
+  return _padded(table)
+
+
+def _letters(stops: Sequence[Sequence[int]], letters: int) -> np.ndarray:
+  """[states, letters]: the state after each letter in each state."""
   if not all(map(len, stops)):
     raise UserError("a stop sequence is empty: it needs at least one character")
   nodes, ends = [{}], set()  # of a trie: letter -> node
@@ -85,14 +102,15 @@ def of_pieces(
   for at in ends:
     step[step == at] = found
   step[[*ends, found]] = found
-  longest = max(map(len, pieces), default=0)
-  letter = np.full((len(pieces), longest), -1)
-  for row, piece in zip(letter, pieces):
-    row[: len(piece)] = list(piece)
-  table = np.repeat(np.arange(found + 1)[:, None], len(pieces), 1)
-  for i in range(longest):
-    table = np.where(letter[:, i] < 0, table, step[table, letter[:, i]])
-  return table.astype(np.int32)
+  return step
+
+
+def _padded(table: np.ndarray) -> np.ndarray:
+  """The table with its last state repeated: a power of two of states."""
+  found, size = len(table) - 1, 1 << (len(table) - 1).bit_length()
+  table = np.where(table == found, size - 1, table)
+  more = np.full((size - len(table), table.shape[1]), size - 1)
+  return np.concatenate([table, more]).astype(np.int32)
 
 
 def walk(
@@ -110,10 +128,10 @@ def walk(
   return state, done & (jnp.arange(tokens.shape[1]) < count[:, None])
 
 
-def cut(text: str, stops: Sequence[str]) -> str:
-  """`text` up to where the first stop begins."""
-  found = [at for stop in stops if (at := text.find(stop)) >= 0]
-  return text[: min(found)] if found else text
+def behind(data: bytes, stops: Sequence[bytes]) -> bytes:
+  """What of `data` is behind where its first stop begins; b"" without one."""
+  found = [at for stop in stops if (at := data.find(stop)) >= 0]
+  return data[min(found) :] if found else b""
 
 
 def held(text: str, stops: Sequence[str]) -> int:

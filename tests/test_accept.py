@@ -16,6 +16,8 @@ from spec_stream import accept
 from spec_stream.tree import TokenTree, cartesian_paths, chain_paths
 
 VOCAB, FIRST = 5, 3  # tokens of which the distribution is compared
+EDGE = 1e-6
+acceptance = accept.acceptance
 
 
 def table(seed, sharp=1.5):
@@ -54,7 +56,7 @@ def plane_trees(nodes):
   return sorted(found)
 
 
-SHAPES = [shape for n in range(5) for shape in plane_trees(n)]
+SHAPES = [shape for n in range(4) for shape in plane_trees(n)]
 LARGE = [chain_paths(3), cartesian_paths(2, 3), cartesian_paths(4, 2)]
 
 
@@ -140,7 +142,10 @@ def by_draws(rule, paths, seed):
   return collect(emitted_of(accepted), weights, target), expected(target)
 
 
-@pytest.mark.parametrize("paths", [*SHAPES, *LARGE], ids=len)
+MORE = [pytest.param(x, marks=pytest.mark.slow) for x in plane_trees(4)]
+
+
+@pytest.mark.parametrize("paths", [*SHAPES, *LARGE, *MORE], ids=len)
 def test_exact_gives_the_targets_distribution(paths):
   got, right = by_draws("exact", paths, len(paths))
   assert distance(got, right) < 1e-6
@@ -169,11 +174,13 @@ def ordered_draws(q, width):
     yield tokens, weight
 
 
-def turns(paths, tokens, probs, q, width, broken=False):
+def turns(paths, tokens, probs, q, width):
   """Every way the rule can go on one draft, read off the paper: yields
-  (uniform [A-1][C], bonus token, emitted, probability).
+  (uniform [A-1][C], gumbel [A][V], emitted, probability).
 
-  A uniform number is 0 where the child is taken and 1 where it is not.
+  The noise is on the edge: a uniform number just on one side of the probability
+  to accept, and Gumbel noise that makes all that remains of p equal, but for
+  the bonus token. So other values in the rule would go another way.
   """
   index = {path: i for i, path in enumerate([(), *paths])}
   longest = 1 + max(map(len, paths), default=0)
@@ -188,24 +195,27 @@ def turns(paths, tokens, probs, q, width, broken=False):
       a = min(1.0, p[token] / left[token])
       if a > 0:
         yes = uniform.copy()
-        yes[len(path), rank] = 0
+        yes[len(path), rank] = a * (1 - EDGE)
         yield from go(child, yes, (*text, token), weight * a)
       weight *= 1 - a
       if weight <= 0:
         return
-      if not broken:
-        p = np.maximum(p - left, 0)
-        p /= p.sum()
+      uniform = uniform.copy()
+      uniform[len(path), rank] = a * (1 + EDGE)
+      p = np.maximum(p - left, 0)
+      p /= p.sum()
       left = np.where(np.arange(VOCAB) == token, 0, left)
       left = left / left.sum()
-    for bonus in range(VOCAB):
-      if p[bonus] > 0:
-        yield uniform, bonus, (*text, bonus), weight * p[bonus]
+    for bonus in np.flatnonzero(p):
+      gumbel = np.zeros((longest, VOCAB))
+      gumbel[len(path)] = -np.log(np.where(p > 0, p, 1))
+      gumbel[len(path), bonus] += EDGE
+      yield uniform, gumbel, (*text, int(bonus)), weight * p[bonus]
 
   yield from go((), np.ones((longest - 1, width)), (), 1.0)
 
 
-def by_turns(paths, seed, broken=False):
+def by_turns(paths, seed):
   target, rng = table(seed), np.random.default_rng(seed)
   longest = 1 + max(map(len, paths))
   widths = [
@@ -222,39 +232,50 @@ def by_turns(paths, seed, broken=False):
     for g, (tokens, _) in enumerate(choice):
       draft[g, : len(tokens)] = tokens
     probs = np.stack([target[text] for text in texts(paths, draft)])
-    for uniform, bonus, text, chance in turns(
-      paths, draft, probs, q, width, broken
-    ):
-      rows.append((draft, probs, uniform, bonus, text, weight * chance))
+    for uniform, gumbel, text, chance in turns(paths, draft, probs, q, width):
+      rows.append((draft, probs, uniform, gumbel, text, weight * chance))
   return rows, q[: longest - 1], target
 
 
-REJECTION = [p for p in SHAPES if 0 < len(p) < 4]
+def emitted_by(rule, rows, paths, q):
+  """What the rule emits in each of the turns."""
+  drafts, probs, uniform, gumbel, *_ = zip(*rows)
+  accepted = rule(
+    trees(paths, np.array(drafts)),
+    paths,
+    np.array(probs),
+    np.broadcast_to(q, (len(rows), *q.shape)),
+    np.array(uniform),
+    np.array(gumbel),
+  )
+  return emitted_of(accepted)
+
+
+REJECTION = [p for p in SHAPES if p]
 REJECTION += [chain_paths(3), cartesian_paths(2, 2), ((0,), (1,), (2,), (1, 0))]
 
 
 @pytest.mark.parametrize("paths", REJECTION, ids=str)
 def test_rejection_gives_the_targets_distribution(x64, paths):
   rows, q, target = by_turns(paths, len(paths))
-  drafts, probs, uniform, bonus, texts_, weights = zip(*rows)
-  gumbel = np.where(np.arange(VOCAB) == np.array(bonus)[:, None], 1e3, 0.0)
-  accepted = run_rejection(
-    trees(paths, np.array(drafts)),
-    paths,
-    np.array(probs),
-    np.broadcast_to(q, (len(rows), *q.shape)),
-    np.array(uniform) * (1 - 2**-40),
-    np.broadcast_to(gumbel[:, None], (len(rows), 1 + len(q), VOCAB)),
-  )
-  assert emitted_of(accepted) == list(texts_)
+  texts_, weights = [row[4] for row in rows], [row[5] for row in rows]
+  assert emitted_by(run_rejection, rows, paths, q) == texts_
   assert abs(sum(weights) - 1) < 1e-9
-  got = collect(texts_, weights, target)
-  assert distance(got, expected(target)) < 1e-6
+  assert distance(collect(texts_, weights, target), expected(target)) < 1e-6
 
 
-def test_rejection_without_its_residual_is_wrong():
-  """So the sums above can fail: drawing anew from p is a common mistake."""
-  rows, _, target = by_turns(cartesian_paths(2, 2), 3, broken=True)
-  got = collect([r[4] for r in rows], [r[5] for r in rows], target)
-  assert abs(sum(got.values()) - 1) < 1e-9
-  assert distance(got, expected(target)) > 1e-3
+@pytest.mark.parametrize(
+  "name, wrong",
+  [
+    # Drawing anew from p, a common mistake.
+    ("residual", lambda target, draft: target),
+    ("acceptance", lambda *args: 0.999 * acceptance(*args)),
+    ("without", lambda draft, token: draft),
+  ],
+)
+def test_a_broken_rule_emits_something_else(x64, monkeypatch, name, wrong):
+  paths = cartesian_paths(2, 2)
+  rows, q, _ = by_turns(paths, 3)
+  monkeypatch.setattr(accept, name, wrong)
+  rule = jax.jit(lambda *args: accept.rejection(*args), static_argnums=1)
+  assert emitted_by(rule, rows, paths, q) != [row[4] for row in rows]

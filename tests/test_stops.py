@@ -79,25 +79,37 @@ def test_text_is_found_across_tokens_of_a_tokenizer():
 
 
 @pytest.mark.parametrize(
-  "text, wanted, cut, held",
+  "text, wanted, behind, held",
   [
-    ("a stop here", ["stop"], "a ", 0),
-    ("a sto", ["stop", "o!"], "a sto", 3),
-    ("end", ["\n\n"], "end", 0),
-    ("end\n", ["\n\n"], "end\n", 1),
-    ("ab", [], "ab", 0),
-    ("aa", ["aab"], "aa", 2),
+    ("a stop here", ["stop"], "stop here", 0),
+    ("a sto", ["stop", "o!"], "", 3),
+    ("end", ["\n\n"], "", 0),
+    ("end\n", ["\n\n"], "", 1),
+    ("ab", [], "", 0),
+    ("aa", ["aab"], "", 2),
+    ("one two", ["two", "ne"], "ne two", 0),
   ],
 )
-def test_text_before_a_stop(text, wanted, cut, held):
-  assert stops.cut(text, wanted) == cut
-  if cut == text:
+def test_text_at_a_stop(text, wanted, behind, held):
+  found = stops.behind(text.encode(), [x.encode() for x in wanted])
+  assert found.decode() == behind
+  if not behind:
     assert stops.held(text, wanted) == held
+
+
+def test_stops_of_like_length_have_tables_of_one_size():
+  sizes = {len(stops.of_tokens([[1] * n], 3)) for n in (3, 4, 5, 6)}
+  assert sizes == {8}
 
 
 @pytest.mark.parametrize(
   "wanted, words",
-  [([[]], "is empty"), ([[4]], "ends at 3"), ([[1], [-1]], "token -1")],
+  [
+    ([[]], "is empty"),
+    ([[4]], "ends at 3"),
+    ([[1], [-1]], "token -1"),
+    ([1, 2], "list of token ids"),
+  ],
 )
 def test_stops_that_cannot_be(wanted, words):
   with pytest.raises(UserError, match=words):

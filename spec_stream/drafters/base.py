@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spec_stream.accept import RULES
 from spec_stream.errors import UserError
 from spec_stream.models.config import ModelConfig
 from spec_stream.models.prune import Prune
 from spec_stream.models.transformer import Transformer
+from spec_stream.rules import RULES
 from spec_stream.sampling import Sampling
 from spec_stream.tree import TokenTree, TreeSpec
 
@@ -34,7 +34,7 @@ class Accepted:
   tree and accepted nodes), with the target's hidden states.
   """
 
-  root: jax.Array  # [B] the new root: the target's last draw, not yet committed
+  root: jax.Array  # [B] the new root: the last token emitted, not yet committed
   position: jax.Array  # [B] absolute position of the new root
   tokens: jax.Array  # [B, A] committed tokens, then junk
   count: jax.Array  # [B] how many of them count
@@ -63,7 +63,7 @@ class Drafter:
   num_streams = 0  # streams the target attaches to each node
   prune = Prune()  # early-exit pruning of its trees
   taps: tuple[int, ...] = ()  # layers whose hidden states it reads
-  rule = "exact"  # of accept.RULES: how its drafts are accepted
+  rule = "exact"  # of rules.RULES: how its drafts are accepted
   # Of drafters with weights: what they are made of, and the weights.
   Options: type | None = None
   Module: type | None = None
@@ -198,7 +198,7 @@ def check_rule(drafter: Drafter):
   if drafter.rule not in RULES:
     raise UserError(f"accept={drafter.rule}: use one of {', '.join(RULES)}")
   draws = type(drafter).distribution is not Drafter.distribution
-  if drafter.rule == "rejection" and drafter.num_nodes > 1 and not draws:
+  if drafter.rule == "rejection" and not draws:
     raise UserError(
       f"accept=rejection needs drafts that are drawn at random, and "
       f"{drafter.name} takes the most probable: use exact"

@@ -112,7 +112,7 @@ class HFTokenizer:
     needed = (*cores, *_SETTINGS, *_TEMPLATES)
     self._files = {n: data for n, data in files.items() if n in needed}
     generation = _json(files, "generation_config.json")
-    rest = {k: v for k, v in declared.items() if v and k not in generation}
+    rest = {k: v for k, v in declared.items() if v and not generation.get(k)}
     if rest:
       merged = json.dumps(generation | rest, indent=2) + "\n"
       self._files["generation_config.json"] = merged.encode()

@@ -204,6 +204,11 @@ class ModelConfig:
     ).split():
       if getattr(self, name) < 1:
         raise UserError(f"model.{name} must be 1 or more")
+    if not 0 <= self.known_tokens <= self.vocab_size:
+      raise UserError(
+        f"model.known_tokens={self.known_tokens} must lie between 0 (all) and "
+        f"model.vocab_size={self.vocab_size}"
+      )
     if self.num_heads % self.num_kv_heads:
       raise UserError(
         f"model.num_heads={self.num_heads} must be a multiple of "
@@ -280,6 +285,7 @@ def to_dict(config: ModelConfig) -> dict:
   }
   values = dataclasses.asdict(config, dict_factory=lists)
   values["drafter"]["options"] = dict(config.drafter.options)
+  del values["known_tokens"]  # its tokenizer says
   return values
 
 
