@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(config, items):
       )
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def few_memory_maps():
   """Lets go of compiled programs before they use up the process's maps.
 
