@@ -22,7 +22,7 @@ def get_config(task: str = "text_corpus"):
   config.train.update(schedule="cosine", log_every=10, save_every=100)
   if task == "text_corpus":
     config.data.update(seq_len=384, batch_size=4)
-    config.train.update(steps=700, learning_rate=3e-3, warmup_steps=100)
+    config.train.update(steps=3500, learning_rate=3e-3, warmup_steps=100)
     config.train.objective = "next_token"
     return config
   config.data.update(seq_len=384, stream_positions=192, batch_size=4)

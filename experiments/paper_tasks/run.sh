@@ -23,11 +23,11 @@ train() {  # TASK RUN FLAGS...
     --config.data.manual_dir="$data/${folder[$1]}" \
     --config.data.data_dir="$work/data" --workdir="$work/$2" "${@:3}"
 }
-lossless() {  # NAME FLAGS...
-  train "$task" "$task/lossless_$1" --config.train.init_from="$work/$task/next" \
+lossless() {  # RUN FLAGS...; streams through all four layers, 500 steps
+  train "$task" "$task/$1" --config.train.init_from="$work/$task/next" \
     --config.train.trainable=adapters --config.model.streams.mode=lossless \
-    --config.model.streams.num_stream_layers=3 \
-    --config.model.streams.lora_rank=32 --config.train.steps=200 \
+    --config.model.streams.num_stream_layers=4 \
+    --config.model.streams.lora_rank=32 --config.train.steps=500 \
     --config.train.stream_weight=1.0 --config.train.target=main "${@:2}"
 }
 bench() {  # RUN
@@ -50,18 +50,19 @@ for task in "${tasks[@]}"; do
       --config.train.steps="${steps[$task]}"
   done
   # The base of lossless mode is the model that next-token training gave.
-  lossless main
-  for way in shared lossless_main; do bench "$task/$way"; done
+  lossless lossless
+  for way in shared lossless; do bench "$task/$way"; done
   "$python" launch/evaluate.py --workdir="$work/$task/shared" --prompts=300 \
-    --against="$work/base,$work/$task/next,$work/$task/lossless_main"
+    --against="$work/base,$work/$task/next,$work/$task/lossless"
 done
 
 # What lossless acceptance depends on: target, layers, steps.
 case " ${tasks[*]} " in *" e2e_nlg "*) ;; *) exit 0 ;; esac
 task=e2e_nlg
-layers=--config.model.streams.num_stream_layers=4
-lossless labels --config.train.target=labels
-lossless layers4 $layers
-lossless main500 --config.train.steps=500
-lossless best $layers --config.train.steps=500
-for way in labels layers4 main500 best; do bench "e2e_nlg/lossless_$way"; done
+layers=--config.model.streams.num_stream_layers=3
+short=--config.train.steps=200
+lossless lossless_labels $layers $short --config.train.target=labels
+lossless lossless_main $layers $short
+lossless lossless_layers4 $short
+lossless lossless_main500 $layers
+for way in labels main layers4 main500; do bench "e2e_nlg/lossless_$way"; done
