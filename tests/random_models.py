@@ -7,6 +7,7 @@ static (configs, drafters, bucket sizes) comes from this short list.
 import dataclasses
 
 import numpy as np
+import pytest
 
 from spec_stream import ties, weights
 from spec_stream.drafters.streams import StreamDraft
@@ -17,6 +18,17 @@ from spec_stream.tree import TreeSpec
 
 VOCAB = 11
 MOST = 14  # new tokens
+
+
+def in_short(names):
+  """Two cases, one of each mode, in the short run; the others are slow."""
+  short = ("shared, main attends", "lossless")
+  if not set(short) < set(names):
+    short = names[-1:]
+  return [
+    name if name in short else pytest.param(name, marks=pytest.mark.slow)
+    for name in names
+  ]
 
 
 def _case(tree, prune=None, num_streams=0, **streams):

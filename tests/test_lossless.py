@@ -15,6 +15,7 @@ from random_models import (
   VOCAB,
   as_float32,
   differences,
+  in_short,
   random_model,
   random_requests,
   row,
@@ -80,7 +81,7 @@ def test_tokens_are_those_of_plain_decoding(x64, name):
   assert sum(accepted) > 0  # or nothing was tested
 
 
-@pytest.mark.parametrize("name", ["shared, main attends", "lossless"])
+@pytest.mark.parametrize("name", in_short(["shared, main attends", "lossless"]))
 def test_greedy_program_and_streaming(x64, name):
   config, drafter = CASES[name]
   for seed in range(4):
@@ -97,7 +98,7 @@ def test_greedy_program_and_streaming(x64, name):
       assert x.path[0] == 0 and len(x.path) >= len(x.token_ids)
 
 
-@pytest.mark.parametrize("name", ["shared, pruned", "lossless"])
+@pytest.mark.parametrize("name", in_short(["shared, pruned", "lossless"]))
 def test_a_row_in_a_batch_gives_what_it_gives_alone(x64, name):
   config, drafter = CASES[name]
   for seed in range(3):
@@ -115,7 +116,7 @@ def test_a_row_in_a_batch_gives_what_it_gives_alone(x64, name):
       assert alone == expected
 
 
-@pytest.mark.parametrize("name", ["shared, main attends", "lossless"])
+@pytest.mark.parametrize("name", in_short(["shared, main attends", "lossless"]))
 def test_float32_differs_in_ties_alone(name):
   config, drafter = CASES[name]
   config = as_float32(config)
@@ -158,7 +159,7 @@ def test_stop_sequences_inside_a_path(x64):
   """What plain decoding gives without stops, up to the first that is in it."""
   config, drafter = CASES["shared, main attends"]
   cut = 0
-  for seed in range(4):
+  for seed in range(2):
     model = random_model(config, seed)
     prompts, options = requests(seed)
     options |= {"max_new_tokens": MOST, "end_token": -1, "stop": ()}
@@ -177,7 +178,7 @@ def test_stop_sequences_inside_a_path(x64):
           ]
           assert x.token_ids == whole[: min(ends, default=MOST)]
           cut += len(x.token_ids) < MOST
-  assert cut > 20
+  assert cut > 10
 
 
 @pytest.mark.slow

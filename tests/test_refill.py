@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 from random_drafters import CASES as RIVALS
 from random_drafters import make
-from random_models import CASES, MOST, VOCAB, random_model, random_requests
+from random_models import (
+  CASES,
+  MOST,
+  VOCAB,
+  in_short,
+  random_model,
+  random_requests,
+)
 
 from spec_stream.decode import Decoder, collect, generate
 from spec_stream.drafters.none import NoDraft
@@ -21,8 +28,10 @@ def requests(seed):
   return prompts, options
 
 
-@pytest.mark.parametrize("name", ["shared, main attends", "lossless"])
-@pytest.mark.parametrize("batch", [1, 4, COUNT])
+@pytest.mark.parametrize("name", in_short(["shared, main attends", "lossless"]))
+@pytest.mark.parametrize(
+  "batch", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, COUNT))]
+)
 def test_each_request_gives_what_it_gives_alone(x64, name, batch):
   config, drafter = CASES[name]
   for seed in range(3):

@@ -33,7 +33,16 @@ def drawn(tree, **settings):
   return StreamDraft(tree, rule="rejection", **settings)
 
 
-@pytest.mark.parametrize("tree", [CHAIN, PATHS], ids=["chain", "paths"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+  "tree",
+  [
+    pytest.param(CHAIN, marks=SLOW, id="chain"),
+    pytest.param(PATHS, id="paths"),
+  ],
+)
 def test_greedy_rows_are_those_of_plain_decoding(x64, tree):
   """Beside rows that sample: certainties are accepted, and nothing else is."""
   for seed in range(4):
@@ -133,7 +142,11 @@ OPTIONS = dict(
 
 
 @pytest.mark.parametrize(
-  "config", [SHARED, LOSSLESS], ids=["shared", "lossless"]
+  "config",
+  [
+    pytest.param(SHARED, marks=SLOW, id="shared"),
+    pytest.param(LOSSLESS, id="lossless"),
+  ],
 )
 def test_samples_follow_the_targets_distribution(x64, config):
   model, prompt = random_model(config, 3), [3, 1, 4, 1]
