@@ -21,7 +21,8 @@ from spec_stream.train.config import TrainConfig
 def base() -> ConfigDict:
   """config.model, .data, .train and .mesh with every key and its default."""
   model = _fields(ModelConfig)
-  del model["vocab_size"]
+  for name in ("vocab_size", "known_tokens"):
+    del model[name]
   # Left open: the defaults of ModelConfig, or what the checkpoint says.
   model.update(checkpoint="", max_positions=0, dtype="", param_dtype="")
   model["streams"] = _fields(StreamConfig)

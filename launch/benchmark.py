@@ -58,6 +58,13 @@ _TURNS = flags.DEFINE_integer(
   "decoding's own greedy answer to the first.",
 )
 _REPEATS = flags.DEFINE_integer("repeats", 1, "Times that all is measured.")
+_EXPLAIN = flags.DEFINE_bool(
+  "explain_differences",
+  False,
+  "For each prompt whose tokens are not those of plain decoding: where they "
+  "part, both tokens, how close they are, and what plain decoding itself gives "
+  "there through matrices of other shapes. Writes <workdir>/differences.jsonl.",
+)
 _checkpoint = drafting.define_checkpoint()
 _sampling = drafting.define_sampling()
 flags.mark_flag_as_required("workdir")
@@ -67,6 +74,7 @@ def main(argv):
   from spec_stream import (
     bench,
     bench_rows,
+    explain,
     metrics,
     rivals,
     task,
@@ -124,6 +132,10 @@ def main(argv):
   if _QUESTIONS.value and drafters:
     print(text_table.by_category(results, [p.category for p in chosen]))
   print(bench_rows.note(rows))
+  if _EXPLAIN.value:
+    found = explain.differences(run.model, prompts, results, settings)
+    metrics.write_jsonl(workdir / "differences.jsonl", found)
+    print(explain.render(found, run.tokenizer))
   shown = trace.of_largest(run, chosen, results, settings)
   if shown:  # something drafted
     task.write_json(workdir / "trace.json", shown)

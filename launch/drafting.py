@@ -1,11 +1,13 @@
 """Flags that all decoding launchers share, and what they stand for."""
 
+import dataclasses
 import json
 
 from absl import flags
 
 from common import UserError
 from spec_stream.drafters import registry
+from spec_stream.rules import RULES
 
 WORKDIR = flags.DEFINE_string(
   "workdir", None, "Directory of the run, as launch/train.py wrote it."
@@ -40,6 +42,16 @@ PRUNE_THRESHOLD = flags.DEFINE_float(
   0.0,
   "Prune a child that the early exit finds less probable than this after its "
   "parent; 0: none.",
+)
+ACCEPT = flags.DEFINE_enum(
+  "accept",
+  "exact",
+  RULES,
+  "What of a draft is accepted. exact: the tokens that plain decoding draws "
+  "under the same seed. rejection: drafts are drawn at random and the output "
+  "is distributed as that of plain decoding (streams; chains, if --tree names "
+  "no other fixed shape). "
+  "typical: NOT lossless, what the target finds likely enough.",
 )
 MAX_NEW_TOKENS = flags.DEFINE_integer(
   "max_new_tokens", 128, "Most tokens to decode for a prompt."
@@ -103,11 +115,24 @@ def define_sampling():
   top_p = flags.DEFINE_float(
     "top_p", 1.0, "Sample among the most probable tokens that reach p; 1: all."
   )
+  min_p = flags.DEFINE_float(
+    "min_p",
+    0.0,
+    "Sample among the tokens at least so probable, relative to the most "
+    "probable one; 0: all.",
+  )
+  penalty = flags.DEFINE_float(
+    "repetition_penalty",
+    1.0,
+    "Makes tokens of prompt and output less probable, above 1; 1: none.",
+  )
   seed = flags.DEFINE_integer("seed", 0, "Seed of the sampling noise.")
   return lambda: {
     "temperature": temperature.value,
     "top_k": top_k.value,
     "top_p": top_p.value,
+    "min_p": min_p.value,
+    "repetition_penalty": penalty.value,
     "seed": seed.value,
   }
 
@@ -144,11 +169,16 @@ def make(drafter: str, tree_nodes: int = 0):
     kind, paths = "paths", _read_paths(kind)
   if name == "redrafter" and not flags.FLAGS["tree"].present:
     kind = "beam"
-  return registry.get(name).of(
+  if ACCEPT.value == "rejection" and not flags.FLAGS["tree"].present:
+    kind = "chain"
+  drafter = registry.get(name).of(
     TreeSpec(kind, tree_nodes, TREE_WIDTH.value, paths),
     DRAFT_LENGTH.value,
     Prune(KEPT_NODES.value, PRUNE_THRESHOLD.value),
   )
+  if name == "none":
+    return drafter
+  return dataclasses.replace(drafter, rule=ACCEPT.value)
 
 
 def make_all(drafters: list[str], tree_nodes: list[str]) -> tuple[list, dict]:
@@ -180,6 +210,7 @@ def _check_used(names):
     ("kept_nodes", {"streams"}),
     ("prune_threshold", {"streams"}),
     ("tree_width", set(registry.DRAFTERS) - chains),
+    ("accept", set(registry.DRAFTERS) - {"none"}),
   ):
     if flags.FLAGS[flag].present and not heeded & set(names):
       raise UserError(

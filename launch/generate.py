@@ -42,6 +42,11 @@ _TREE_NODES = flags.DEFINE_integer(
   "Nodes of a draft, root included; 0: 16 for best_first, what the shape "
   "implies for others.",
 )
+_STOP = flags.DEFINE_multi_string(
+  "stop",
+  [],
+  "Text that ends an answer and is not part of it; may be given several times.",
+)
 _BATCH = flags.DEFINE_integer(
   "batch", 32, "Prompts decoded at once, with --json."
 )
@@ -52,7 +57,7 @@ _JSON = flags.DEFINE_bool(
   "json",
   False,
   "Print one object a prompt and nothing else: text, token_ids (the new ones), "
-  "target_calls, tokens_per_call.",
+  "target_calls, tokens_per_call, lossless.",
 )
 _SHOW_STEPS = flags.DEFINE_bool(
   "show_steps", False, "Give the tokens of each call a colour of their own."
@@ -88,6 +93,7 @@ def main(argv):
   run = checkpoints.Run(model, tokenizer, {}, 0)
   settings["own"] = drafting.own(name, run, drafting.WORKDIR.value or "")
   settings["max_new_tokens"] = drafting.MAX_NEW_TOKENS.value
+  settings["stop"] = _STOP.value
   settings["end_token"] = -1 if tokenizer is None else tokenizer.eos_ids
   if _JSON.value:
     for answer in requests.answers(
@@ -105,6 +111,7 @@ def main(argv):
 def _show(model, tokenizer, request, drafter, settings, colours):
   """Prints one answer as it comes, then its counts."""
   from spec_stream import requests
+  from spec_stream.rules import LOSSY
 
   begin = time.perf_counter()
   tokens = calls = shown = 0
@@ -121,6 +128,8 @@ def _show(model, tokenizer, request, drafter, settings, colours):
     print(
       f"{tokens} tokens in {calls} calls, {tokens / calls:.2f} tokens per "
       f"call, {seconds:.1f} s with compilation"
+      + f"; accept={drafter.rule} is NOT lossless"
+      * (drafter.rule in LOSSY)
     )
 
 

@@ -52,6 +52,8 @@ class Settings:
   temperature: float = 0.0
   top_k: int = 0
   top_p: float = 1.0
+  min_p: float = 0.0
+  repetition_penalty: float = 1.0
   seed: int = 0
 
   def __post_init__(self):
@@ -63,15 +65,18 @@ class Settings:
     """Seeds of prompts 0..count-1, wrapped at 2**32."""
     return (self.seed + np.arange(count, dtype=np.int64)) % 2**32
 
+  def sampling(self) -> dict:
+    """Of `sampling.make` all but the seed."""
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    return {name: getattr(self, name) for name in names}
+
   def options(self, seed) -> dict:
     """What `decode.generate` is to be told."""
     return dict(
       max_new_tokens=self.max_new_tokens,
       end_token=self.end_token,
-      temperature=self.temperature,
-      top_k=self.top_k,
-      top_p=self.top_p,
       seed=seed,
+      **self.sampling(),
     )
 
 

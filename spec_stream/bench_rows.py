@@ -27,6 +27,7 @@ from spec_stream.models.lora import LoRAParam
 from spec_stream.models.prune import PruneParam
 from spec_stream.models.streams import StreamParam
 from spec_stream.models.transformer import Transformer, num_params
+from spec_stream.rules import LOSSY
 
 POSITIONS_PER_BIN = 8
 RESAMPLES = 2000
@@ -72,10 +73,7 @@ def rows(
         "draft_from": method.source or None,
         "draft_ms": draft,
         "draft_share": draft / step if draft and step else None,
-        "accept": "exact",
-        "temperature": settings.temperature,
-        "top_k": settings.top_k,
-        "top_p": settings.top_p,
+        **settings.sampling(),
         "batch": settings.batch,
         "repeats": settings.repeats,
         "max_new_tokens": settings.max_new_tokens,
@@ -112,6 +110,8 @@ def note(rows: Sequence[dict]) -> str:
     f"{noise['device']}, {noise['dtype']}, jax {noise['jax']}, "
     f"{noise['prompts']} prompts of {noise['dataset']}, batch {noise['batch']}"
   )
+  for rule in dict.fromkeys(r["accept"] for r in rows if not r["lossless"]):
+    words.append(f"accept={rule} is NOT lossless: it changes what is drawn")
   return "; ".join(words) + "."
 
 
@@ -185,6 +185,8 @@ def tree_fields(drafter: Drafter) -> dict:
     "tree_width": tree and tree.width,
     "kept_nodes": drafter.prune.kept_nodes,
     "prune_threshold": drafter.prune.threshold,
+    "accept": drafter.rule,
+    "lossless": drafter.rule not in LOSSY,
   }
 
 
@@ -269,16 +271,19 @@ def _step_ms(result: Measured) -> float | None:
 # -- agreement with plain decoding -------------------------------------------
 
 
+def promises(drafter: Drafter, settings: Settings) -> bool:
+  """Whether the tokens of plain decoding are: where they are certain, by each
+  rule; where they are drawn, by "exact" alone."""
+  return drafter.rule == "exact" or settings.temperature == 0
+
+
 def _agreement(model, prompts, result, by_name, settings) -> dict:
   """identical, max_tie_margin, and mismatch: words for what is no tie."""
-  if result.method.expects is None:
+  if result.method.expects is None or not promises(result.drafter, settings):
     return {"identical": None, "max_tie_margin": None, "mismatch": None}
   seeds = settings.seeds(len(prompts))
   draws = [
-    sampling.make(
-      1, settings.temperature, settings.top_k, settings.top_p, int(seed)
-    )
-    for seed in seeds
+    sampling.make(1, **settings.sampling(), seed=int(seed)) for seed in seeds
   ]
   found = ties.compare(
     model,

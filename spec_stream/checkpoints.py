@@ -5,9 +5,11 @@
     <workdir>/checkpoints/<step>/ weights, optimizer, data (the iterator), meta
     <workdir>/base/               weights that training does not move, if any
 
-A checkpoint is written beside its final name and renamed when complete, so a
-kill never leaves half of one. Weights are a flat dict by path (see `weights`):
-`load_run` reads them alone, onto whatever devices there are.
+`meta` is a manifest: the shape and dtype of each weight and the hash of the
+tokenizer, which must be those of the run that is loaded. A checkpoint is
+written beside its final name and renamed when complete, so a kill never leaves
+half of one. Weights are a flat dict by path (see `weights`): `load_run` reads
+them alone, onto whatever devices there are.
 """
 
 import contextlib
@@ -189,10 +191,13 @@ class Saver:
 
   with Saver(workdir, keep=2) as saver:
     saver.save(state, iterator)
+
+  tokenizer: its hash, for the manifest.
   """
 
-  def __init__(self, workdir, keep: int):
+  def __init__(self, workdir, keep: int, tokenizer: str = ""):
     _silence()
+    self._tokenizer = tokenizer
     self._directory = _directory(workdir)
     self._manager = ocp.CheckpointManager(
       self._directory,
@@ -211,7 +216,13 @@ class Saver:
         weights=ocp.args.StandardSave(weights),
         optimizer=ocp.args.StandardSave(opt_state),
         data=grain.checkpoint.CheckpointSave(iterator),
-        meta=ocp.args.JsonSave({"step": step}),
+        meta=ocp.args.JsonSave(
+          {
+            "step": step,
+            "tokenizer": self._tokenizer,
+            "weights": _shapes(weights),
+          }
+        ),
       ),
     )
 
@@ -246,6 +257,44 @@ class Saver:
 
   def __exit__(self, *exception):
     self.close()
+
+
+def _shapes(weights: dict) -> dict:
+  return {path: [list(x.shape), str(x.dtype)] for path, x in weights.items()}
+
+
+def _manifest(workdir, step: int) -> dict:
+  """What `meta` says; nothing where there is none: then orbax complains."""
+  path = _directory(workdir) / str(step) / "meta" / "metadata"
+  try:
+    found = json.loads(path.read_text())
+  except (OSError, ValueError):
+    return {}
+  return found if isinstance(found, dict) else {}
+
+
+def _check_weights(workdir, step: int, target: dict):
+  """Raises: UserError if the manifest is of other weights than `target`."""
+  kept, wanted = _manifest(workdir, step).get("weights"), _shapes(target)
+  if kept is None or kept == wanted:
+    return
+  paths = sorted(p for p in {*kept, *wanted} if kept.get(p) != wanted.get(p))
+  tell = lambda x: "none" if x is None else f"{x[1]}{x[0]}"
+  raise UserError(
+    f"the checkpoint of step {step} in {workdir} is of another model than its "
+    f"config.json: {len(paths)} weights differ, such as {paths[0]}, saved "
+    f"{tell(kept.get(paths[0]))}, expected {tell(wanted.get(paths[0]))}"
+  )
+
+
+def check_tokenizer(workdir, step: int, tokenizer):
+  """Raises: UserError unless it is the tokenizer that the run trained with."""
+  kept = _manifest(workdir, step).get("tokenizer")
+  if kept and kept != tokenizer.hash():
+    raise UserError(
+      f"the tokenizer in {workdir} is not the one that its checkpoint of step "
+      f"{step} was trained with: put that one back"
+    )
 
 
 def abstract(config: ModelConfig, mesh: Mesh | None = None) -> dict:
@@ -311,6 +360,7 @@ def load_weights(workdir, config, step=None, mesh: Mesh | None = None):
   target = abstract(config, mesh)
   frozen = read_base(workdir, target)
   target = {path: x for path, x in target.items() if path not in frozen}
+  _check_weights(workdir, step, target)
   _silence()
   directory = _directory(workdir) / str(step)
   with _readable(directory):
@@ -341,6 +391,7 @@ def load_checkpoint(
   if tokenizer:
     words = read_hf_tokenizer(directory)
     check_vocabulary(words, model.vocab_size, directory)
+    model = _with_known(model, words)
   config = {"model": model_config.to_dict(model)}
   return Run(hf.load(directory, model, mesh), words, config, 0)
 
@@ -353,8 +404,18 @@ def load_run(workdir, step: int | None = None, mesh: Mesh | None = None) -> Run:
   config = read_config(workdir)
   model = model_config.from_dict(config["model"])
   tokenizer = read_tokenizer(workdir, model.vocab_size)
+  model = _with_known(model, tokenizer)
   values, step = load_weights(workdir, model, step, mesh)
+  check_tokenizer(workdir, step, tokenizer)
   return Run(weights.to_model(model, values), tokenizer, config, step)
+
+
+def _with_known(model: ModelConfig, tokenizer) -> ModelConfig:
+  """The model whose padding is never drawn: checkpoints pad vocabularies."""
+  # An end may lie behind the tokenizer's own: config files may say so.
+  known = max(tokenizer.vocab_size, *(1 + end for end in tokenizer.eos_ids), 0)
+  padded = known if known < model.vocab_size else 0
+  return dataclasses.replace(model, known_tokens=padded)
 
 
 def _abstract(tree):

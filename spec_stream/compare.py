@@ -21,6 +21,7 @@ from spec_stream.drafters.none import NoDraft
 from spec_stream.drafters.streams import StreamDraft
 from spec_stream.errors import UserError
 from spec_stream.hf import config as hf_config
+from spec_stream.rules import LOSSY
 from spec_stream.task import Prompt, device_words
 
 # What decides which examples a step sees, and how many.
@@ -28,7 +29,7 @@ _SEEN = (
   "dataset manual_dir seq_len stream_positions batch_size packing too_long seed"
 ).split()
 # Of the model.
-_FREE = ("streams", "drafter", "dtype", "param_dtype", "quantize")
+_FREE = "streams drafter dtype param_dtype quantize known_tokens".split()
 _SCORES = {
   "exact_match": "exact match",
   "rouge1": "ROUGE-1",
@@ -175,10 +176,10 @@ def row(
   ids = [run.tokenizer.encode_prompt(p.text) for p in prompts]
   streams = run.model.config.streams
   settings["end_token"] = run.tokenizer.eos_ids
+  resolved = drafter.resolve(run.model.config) if streams.num_streams else None
   plain = evaluate.decode_all(run.model, ids, NoDraft(), **settings)
-  drafted, measured, resolved = plain, {}, None
-  if streams.num_streams:
-    resolved = drafter.resolve(run.model.config)
+  drafted, measured = plain, {}
+  if resolved:
     drafted = evaluate.decode_all(run.model, ids, drafter, **settings)
     about = {"step": run.step, "dataset": dataset, "split": split}
     about |= {"dtype": run.model.config.dtype, "device": device_words()}
@@ -197,6 +198,8 @@ def row(
     "drafter": resolved.name if resolved else "none",
     "tree": resolved.tree.kind if resolved else None,
     "tree_nodes": resolved.num_nodes if resolved else 1,
+    "accept": resolved.rule if resolved else "exact",
+    "lossless": resolved is None or resolved.rule not in LOSSY,
     "identical": sum(same) / len(same) if resolved else None,
     "speedup": measured.get("speedup"),
     "speedup_low": measured.get("speedup_low"),
@@ -245,8 +248,12 @@ def speed(entry: Entry, about: dict, drafter: StreamDraft) -> dict:
     "kept_nodes": drafter.prune.kept_nodes,
     "prune_threshold": drafter.prune.threshold,
     "temperature": 0.0,
+    "repetition_penalty": 1.0,
+    "accept": drafter.rule,
   }
+  old = {"repetition_penalty": 1.0}  # rows from before there was one
   for found in rows[::-1]:
+    found = old | found
     if all(found.get(name) == value for name, value in asked.items()):
       return found
   return {}

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from spec_stream.drafters.base import Accepted, Drafter, Params
+from spec_stream import refill, stops
+from spec_stream.drafters.base import Accepted, Drafter, Params, check_rule
 from spec_stream.drafters.streams import StreamDraft
 from spec_stream.errors import UserError
 from spec_stream.models.transformer import Transformer, merge_lora
@@ -36,6 +37,12 @@ _STATIC = ("graphdef", "drafter", "slots", "num_new")
 def _prefill(graphdef, weights, drafter, slots, num_new, *args):
   params = nnx.merge(graphdef, weights)
   return prefill(params, drafter, *args, slots=slots, num_new=num_new)
+
+
+@functools.partial(jax.jit, static_argnames=(*_STATIC, "batch"))
+def _serve(graphdef, weights, drafter, slots, num_new, batch, requests):
+  params = nnx.merge(graphdef, weights)
+  return refill.serve(params, drafter, requests, batch, slots, num_new)
 
 
 @functools.partial(
@@ -73,6 +80,7 @@ def _drafts(graphdef, weights, drafter, count, state):
     if drafter.taps
     else None,
     draws=state.tree.tokens,
+    sampling=state.sampling,
   )
 
   def draft(_, carry):
@@ -111,20 +119,45 @@ class Decoder:
     if isinstance(own, Transformer):
       own = merge_lora(own)
     self.drafter = drafter.resolve(model.config, own)
+    check_rule(self.drafter)
     self.graphdef, self.weights = nnx.split(Params(target, own))
 
-  def start(
+  def start(self, prompts: Sequence[Sequence[int]], **settings) -> DecodeState:
+    """Prefill of a batch of prompts; arguments as in `generate`."""
+    args, slots, num_new = self._requests(prompts, **settings)
+    return _prefill(
+      self.graphdef, self.weights, self.drafter, slots, num_new, *args
+    )
+
+  def serve(
+    self, prompts: Sequence[Sequence[int]], batch: int, **settings
+  ) -> refill.Served:
+    """All prompts by `batch` rows in one compiled loop: see `refill`."""
+    if not 0 < batch <= len(prompts):
+      raise UserError(
+        f"batch={batch} must lie between 1 and the {len(prompts)} prompts"
+      )
+    args, slots, num_new = self._requests(prompts, **settings)
+    return _serve(
+      self.graphdef,
+      self.weights,
+      self.drafter,
+      slots,
+      num_new,
+      batch,
+      refill.Requests(*args),
+    )
+
+  def _requests(
     self,
-    prompts: Sequence[Sequence[int]],
+    prompts,
     *,
     max_new_tokens: int | Sequence[int] = 128,
     end_token: int | Sequence[int] = -1,
-    temperature=0.0,
-    top_k=0,
-    top_p=1.0,
-    seed=0,
-  ) -> DecodeState:
-    """Prefill of a batch of prompts; arguments as in `generate`."""
+    stop: Sequence[Sequence[int]] | np.ndarray = (),
+    **sampling,
+  ) -> tuple[tuple, int, int]:
+    """-> (what `prefill` takes, slots, room for new tokens), checked."""
     prompts = [np.asarray(p, np.int64) for p in prompts]
     batch = len(prompts)
     limits = np.broadcast_to(np.asarray(max_new_tokens, np.int64), (batch,))
@@ -136,21 +169,25 @@ class Decoder:
           f"end token {end} is outside the vocabulary of "
           f"{self.config.vocab_size} tokens"
         )
+    if not isinstance(stop, np.ndarray):
+      stop = stops.of_tokens(stop, self.config.vocab_size) if stop else None
+    elif stop.ndim != 2 or stop.shape[1] != self.config.vocab_size:
+      raise UserError(
+        f"stop has shape {stop.shape}: give lists of token ids, or a table of "
+        "spec_stream.stops for this vocabulary"
+      )
     padded = np.zeros((batch, bucket), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
       row[: len(prompt)] = prompt
-    return _prefill(
-      self.graphdef,
-      self.weights,
-      self.drafter,
-      slots,
-      num_new,
+    args = (
       padded,
       np.array([len(p) for p in prompts], np.int32),
       limits.astype(np.int32),
       ends.astype(np.int32),
-      make_sampling(batch, temperature, top_k, top_p, seed),
+      stop,
+      make_sampling(batch, **sampling),
     )
+    return args, slots, num_new
 
   def finish(self, state: DecodeState) -> DecodeState:
     """Decodes to the end of every row. `state` is donated."""
@@ -238,11 +275,27 @@ def tokens_per_call(generations: Sequence[Generation]) -> float:
   return sum(len(g.token_ids) for g in generations) / calls
 
 
-def collect(state: DecodeState) -> list[Generation]:
-  """The outputs of a finished state, on the host."""
-  state = jax.device_get(
+def _check_finite(state: DecodeState | refill.Served):
+  broken = np.flatnonzero(jax.device_get(state.broken))
+  if broken.size:
+    raise UserError(
+      f"the model's logits are not finite after {state.num_tokens[broken[0]]} "
+      f"new tokens of prompt {broken[0]} of its batch: its weights hold NaN or "
+      "infinity, or are too large for its dtype"
+    )
+
+
+def collect(state: DecodeState | refill.Served) -> list[Generation]:
+  """The outputs of a finished state, on the host.
+
+  Raises: UserError if a row met logits that are not finite.
+  """
+  _check_finite(state)
+  done = jax.device_get(
     (state.tokens, state.calls, state.num_tokens, state.accepts)
   )
+  if isinstance(state, refill.Served):
+    done = [x[:-1] for x in done]
   return [
     Generation(
       token_ids=tokens[:count].tolist(),
@@ -250,7 +303,7 @@ def collect(state: DecodeState) -> list[Generation]:
       target_calls=1 + int(accepts[0]),
       accepts=accepts.tolist(),
     )
-    for tokens, calls, count, accepts in zip(*state, strict=True)
+    for tokens, calls, count, accepts in zip(*done, strict=True)
   ]
 
 
@@ -259,18 +312,21 @@ def generate(
   prompts: Sequence[Sequence[int]],
   drafter: Drafter | None = None,
   own=None,
+  batch: int = 0,
   **settings,
 ) -> list[Generation]:
-  """Decodes a batch of prompts (token ids) in one compiled loop.
+  """Decodes prompts (token ids) in one compiled loop.
 
   Args:
     model: the target.
     prompts: token ids; rows may differ in length.
     drafter: StreamDraft() if None.
     own: the drafter's own weights, see `Decoder`.
-    **settings: max_new_tokens=128, temperature=0 (greedy), top_k=0 (off),
-      top_p=1 (off), seed=0: one value or one per prompt; end_token=-1 (none),
-      or several, any of which ends a row.
+    batch: rows decoded at once; a row that is done goes on with the next prompt
+      (see `refill`). 0: a row for each prompt.
+    **settings: max_new_tokens=128 and those of `sampling.make`, one value or
+      one per prompt; end_token=-1 (none), or several, any of which ends a row;
+      stop=(), sequences of token ids that do, or a table of `stops` for text.
       The noise of a request depends on its seed and on positions alone: the
       same prompt and seed give the same tokens in any batch, with any drafter.
 
@@ -279,6 +335,8 @@ def generate(
       of range; a drafter that does not fit the model.
   """
   decoder = Decoder(model, drafter or StreamDraft(), own)
+  if batch:
+    return collect(decoder.serve(prompts, batch, **settings))
   return collect(decoder.finish(decoder.start(prompts, **settings)))
 
 
@@ -301,10 +359,12 @@ def stream(
   """`generate` for one prompt, call by call, with the drafts."""
   decoder = Decoder(model, drafter or StreamDraft(), own)
   state = decoder.start([prompt], **settings)
+  _check_finite(state)
   yield Step(state.tokens[0, :1].tolist(), None, [])
   while not bool(state.done[0]):
     before, tree = state, jax.tree.map(lambda x: np.asarray(x[0]), state.tree)
     state = decoder.step(state)
+    _check_finite(state)
     first, last = int(before.num_tokens[0]), int(state.num_tokens[0])
     accepts = np.asarray(state.accepts[0] - before.accepts[0]).sum()
     drawn = np.asarray(state.tokens[0, first : first + accepts])

@@ -18,6 +18,7 @@ from spec_stream.models.transformer import Transformer
 from spec_stream.task import Prompt
 
 SCORES = ("rouge1", "rougeLsum")
+ROUND = 4
 
 
 def decode_all(
@@ -33,7 +34,8 @@ def decode_all(
 ) -> list[Generation]:
   """Greedy decoding of many prompts, in their order.
 
-  Prompts of like length share a batch, and the last batch is filled up with
+  Rows that are done go on with the next prompt, in rounds of ROUND prompts a
+  row. Prompts of like length share a round, and the last one is filled up with
   repeats, so that few shapes compile. own: see `Decoder`. on_batch: called with
   (prompts done, prompts in all).
   """
@@ -43,16 +45,18 @@ def decode_all(
   decoder.check(prompts, max_new_tokens)  # the longest is decoded last
   by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
   batch = min(batch, len(prompts))
+  size = min(batch * ROUND, len(prompts))
   found = {}
-  for start in range(0, len(prompts), max(batch, 1)):
-    at = by_length[start : start + batch]
-    filled = at + at[-1:] * (batch - len(at))
-    state = decoder.start(
+  for start in range(0, len(prompts), max(size, 1)):
+    at = by_length[start : start + size]
+    filled = at + at[-1:] * (size - len(at))
+    served = decoder.serve(
       [prompts[i] for i in filled],
+      batch,
       max_new_tokens=max_new_tokens,
       end_token=end_token,
     )
-    found |= dict(zip(at, collect(decoder.finish(state)), strict=False))
+    found |= dict(zip(at, collect(served), strict=False))
     on_batch(len(found), len(prompts))
   return [found[i] for i in range(len(prompts))]
 

@@ -9,7 +9,7 @@ import json
 import pathlib
 from collections.abc import Iterator, Sequence
 
-from spec_stream import checkpoints, weights
+from spec_stream import checkpoints, stops, weights
 from spec_stream.data import chat_prompts, rows
 from spec_stream.decode import Decoder, collect, stream
 from spec_stream.detokenize import Detokenizer
@@ -17,6 +17,7 @@ from spec_stream.drafters.base import Drafter
 from spec_stream.errors import UserError
 from spec_stream.models.config import ModelConfig, from_dict
 from spec_stream.models.transformer import Transformer
+from spec_stream.rules import LOSSY
 
 # Of a run or a checkpoint: any of them says that it has a tokenizer.
 _TOKENIZERS = ("tokenizer.json", "tokenizer", "tokenizer.model", "vocab.json")
@@ -225,12 +226,14 @@ def answers(
   batch: int,
   max_new_tokens: int,
   own=None,
+  stop: Sequence[str] = (),
   **settings,
 ) -> Iterator[dict]:
   """Decodes `batch` requests at once; yields their answers in order.
 
-  own: the drafter's own weights, see `Decoder`. settings: of `decode.generate`,
-  but for `seed`, which is each request's own.
+  own: the drafter's own weights, see `Decoder`. stop: texts that end an answer:
+  the text ends before it, the tokens with the one that completes it. settings:
+  of `decode.generate`, but for `seed`, which is each request's own.
   """
   if batch < 1:
     raise UserError(f"batch={batch} must be 1 or more")
@@ -238,6 +241,7 @@ def answers(
   room, config = max_new_tokens, model.config
   prompts = [r.encode(tokenizer, config, room) for r in requests]
   decoder = Decoder(model, drafter, own)
+  settings["stop"] = _stop_table(tokenizer, stop, config)
   for start in range(0, len(prompts), batch):
     at = slice(start, start + batch)
     seeds = [r.seed for r in requests[at]]
@@ -247,10 +251,11 @@ def answers(
     for generation in collect(decoder.finish(state)):
       ids = generation.token_ids
       yield {
-        "text": None if tokenizer is None else tokenizer.decode(ids),
+        "text": None if tokenizer is None else _text(tokenizer, ids, stop),
         "token_ids": ids,
         "target_calls": generation.target_calls,
         "tokens_per_call": round(generation.tokens_per_call, 4),
+        "lossless": drafter.rule not in LOSSY,
       }
 
 
@@ -261,22 +266,59 @@ def pieces(
   drafter: Drafter,
   max_new_tokens: int,
   own=None,
+  stop: Sequence[str] = (),
   **settings,
 ) -> Iterator[tuple[str, int]]:
   """Yields (text, number of tokens) for each call of the model as it comes.
 
-  The text is what the tokens complete; a last piece with no tokens may hold
-  what was never completed. Without a tokenizer the text is the token ids.
+  The text is what the tokens complete and what cannot be the start of a stop; a
+  last piece with no tokens may hold what was never completed. Without a
+  tokenizer the text is the token ids.
   """
   settings |= {"max_new_tokens": max_new_tokens, "seed": request.seed}
+  settings["stop"] = _stop_table(tokenizer, stop, model.config)
   ids = request.encode(tokenizer, model.config, max_new_tokens)
   detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
-  steps = stream(model, ids, drafter, own, **settings)
-  for i, step in enumerate(steps):
+  found, whole, shown = [], "", 0
+  for i, step in enumerate(stream(model, ids, drafter, own, **settings)):
     if detokenizer is None:
       words = " ".join(map(str, step.token_ids))
       yield (" " if i else "") + words, len(step.token_ids)
-    else:
-      yield detokenizer.push(step.token_ids), len(step.token_ids)
-  if detokenizer is not None and (rest := detokenizer.flush()):
-    yield rest, 0
+      continue
+    found += step.token_ids
+    whole += detokenizer.push(step.token_ids)
+    ready = len(_text(tokenizer, found, stop)) if stop else len(whole)
+    if ready >= len(whole):  # no stop has come, but one may have begun
+      ready = len(whole) - stops.held(whole, stop)
+    yield whole[shown:ready], len(step.token_ids)
+    shown = max(shown, ready)
+  if detokenizer is not None:
+    whole += detokenizer.flush()
+    text = _text(tokenizer, found, stop) if stop else whole
+    if rest := text[shown:]:
+      yield rest, 0
+
+
+def _text(tokenizer, ids: Sequence[int], stop: Sequence[str]) -> str:
+  """Text of tokens up to where the first stop begins.
+
+  Found in bytes, as the loop does: a tokenizer may take a space from the start
+  of a text.
+  """
+  text = tokenizer.decode(ids)
+  if not stop:
+    return text
+  data = b"".join(tokenizer.token_bytes(int(i)) for i in ids)
+  behind = stops.behind(data, [x.encode() for x in stop])
+  size = len(behind.decode("utf-8", "replace"))
+  return text[: max(len(text) - size, 0)]
+
+
+def _stop_table(tokenizer, stop: Sequence[str], config: ModelConfig):
+  if stop and tokenizer is None:
+    raise UserError(
+      "--stop is text, which this model has no tokenizer for: leave it out"
+    )
+  for text in stop:
+    rows.text(text, "--stop")
+  return stops.of_text(tokenizer, stop, config.vocab_size) if stop else ()

@@ -19,6 +19,8 @@ SETTINGS = {
   "temperature": "temperature",
   "top_k": "top k",
   "top_p": "top p",
+  "min_p": "min p",
+  "repetition_penalty": "penalty",
   "batch": "batch",
   "prompts": "prompts",
   "repeats": "repeats",
@@ -36,7 +38,14 @@ SETTINGS = {
   "date": "date",
   "command": "command",
 }
-_OFF = {"top_k": 0, "top_p": 1, "kept_nodes": 0, "prune_threshold": 0}
+_OFF = {
+  "top_k": 0,
+  "top_p": 1,
+  "min_p": 0,
+  "repetition_penalty": 1,
+  "kept_nodes": 0,
+  "prune_threshold": 0,
+}
 
 
 def _speedup(row):
@@ -137,7 +146,7 @@ def _side(name):
 
 
 def _caveat(row):
-  lossy = row.get("accept") == "typical"
+  lossy = row.get("lossless") is False
   return " <small>(not lossless)</small>" if lossy else ""
 
 
@@ -181,7 +190,7 @@ def tiles(rows):
   low, high = row.get("speedup_low"), row.get("speedup_high")
   interval = "" if None in (low, high) else f", {low:.2f}–{high:.2f}"
   tile = '<div class="tile"><b>{}</b><span>{}</span></div>'.format
-  words = f"decoding speed-up{interval} ({escape(what)})"
+  words = f"decoding speed-up{interval} ({escape(what)}){_caveat(row)}"
   parts = [tile(ratio(row["speedup"]), words)]
   if row.get("tokens_per_call") is not None:
     parts.append(

@@ -1,10 +1,12 @@
 """The target's next token at every node: greedy, or Gumbel noise.
 
-A draw is `argmax(logits / temperature + gumbel)`. The noise is a function of
-the request's own seed and the absolute position of the drawn token alone: not
-of its place in a batch, nor of the tree or the call it was verified in. All
-nodes of one depth share it, and plain decoding meets the same noise at the
-same position: hence equal tokens under equal seeds, for any drafter.
+A draw is `argmax(logits / temperature + gumbel)`, the logits after penalty and
+filters, in the order of `transformers`: repetition penalty, temperature, top-k,
+top-p, min-p. The noise is a function of the request's own seed and the absolute
+position of the drawn token alone: not of its place in a batch, nor of the tree
+or the call it was verified in. All nodes of one depth share it, and plain
+decoding meets the same noise at the same position: hence equal tokens under
+equal seeds, for any drafter.
 
 Letters: B batch row, M nodes, V vocabulary.
 """
@@ -25,20 +27,43 @@ class Sampling:
   temperature: jax.Array  # [B] float32, 0 = greedy
   top_k: jax.Array  # [B] int32, 0 = all
   top_p: jax.Array  # [B] float32, 1 = all
+  min_p: jax.Array  # [B] float32, 0 = all
+  repetition_penalty: jax.Array  # [B] float32, 1 = none
   # Static: what no row of the batch needs is not compiled.
   greedy: bool = flax.struct.field(pytree_node=False, default=True)
   filtered: bool = flax.struct.field(pytree_node=False, default=False)
+  penalized: bool = flax.struct.field(pytree_node=False, default=False)
 
 
-def make(batch: int, temperature=0.0, top_k=0, top_p=1.0, seed=0) -> Sampling:
-  """Sampling for `batch` requests; each setting one number or [B]."""
+def make(
+  batch: int,
+  temperature=0.0,
+  top_k=0,
+  top_p=1.0,
+  min_p=0.0,
+  repetition_penalty=1.0,
+  seed=0,
+) -> Sampling:
+  """Sampling for `batch` requests; each setting one number or [B].
+
+  temperature: 0 is greedy. top_k: the k most probable tokens, 0 is all. top_p:
+  the most probable that reach p, 1 is all. min_p: those at least so probable,
+  relative to the most probable, 0 is all. repetition_penalty: what divides the
+  positive logits of tokens in prompt and output, and multiplies the negative
+  (Keskar et al., 1909.05858), 1 is none; greedy requests heed it, too.
+
+  Raises: UserError for a value out of range.
+  """
 
   def rows(name, value, dtype, valid, right):
-    value = np.asarray(value)
+    with np.errstate(over="ignore"):
+      given = value = np.asarray(value)
+      if dtype == np.float32:  # what is too small or large for it is no number
+        value = value.astype(dtype)
     if value.ndim > 1 or (value.ndim == 1 and value.shape[0] != batch):
       raise UserError(f"{name} must be one number or one per request ({batch})")
     if not np.all(valid(value)):
-      raise UserError(f"{name} must be {right}, not {value.tolist()}")
+      raise UserError(f"{name} must be {right}, not {given.tolist()}")
     return np.broadcast_to(value, (batch,)).astype(dtype)
 
   finite = lambda x: np.isfinite(x) & (x >= 0)
@@ -49,6 +74,13 @@ def make(batch: int, temperature=0.0, top_k=0, top_p=1.0, seed=0) -> Sampling:
   top_p = rows(
     "top_p", top_p, np.float32, lambda x: (x > 0) & (x <= 1), "in (0, 1]"
   )
+  min_p = rows(
+    "min_p", min_p, np.float32, lambda x: (x >= 0) & (x <= 1), "in [0, 1]"
+  )
+  positive = lambda x: np.isfinite(x) & (x > 0)
+  penalty = rows(
+    "repetition_penalty", repetition_penalty, np.float32, positive, "above 0"
+  )
   fits = lambda x: (x >= 0) & (x < 2**32)
   seed = rows("seed", seed, np.uint32, fits, "in [0, 2**32)")
   return Sampling(
@@ -56,28 +88,45 @@ def make(batch: int, temperature=0.0, top_k=0, top_p=1.0, seed=0) -> Sampling:
     temperature=jnp.asarray(temperature),
     top_k=jnp.asarray(top_k),
     top_p=jnp.asarray(top_p),
+    min_p=jnp.asarray(min_p),
+    repetition_penalty=jnp.asarray(penalty),
     greedy=not temperature.any(),
-    filtered=bool((top_k > 0).any() or (top_p < 1).any()),
+    filtered=bool(((top_k > 0) | (top_p < 1) | (min_p > 0)).any()),
+    penalized=bool((penalty != 1).any()),
   )
 
 
-def noise(seed: jax.Array, position: jax.Array, vocab: int) -> jax.Array:
-  """Gumbel noise [B, P, V] float32 for seed [B] and positions [B, P]."""
+def noise(
+  seed: jax.Array, position: jax.Array, size: int, purpose: str = "target"
+) -> jax.Array:
+  """Noise [B, P, size] float32 for seed [B] and positions [B, P].
+
+  purpose: "target" and "draft" are Gumbel noise, "accept" is uniform in [0, 1).
+  """
+  kind = ("target", "draft", "accept").index(purpose)
+  make = jax.random.uniform if purpose == "accept" else jax.random.gumbel
 
   def one(seed, position):
     key = jax.random.fold_in(jax.random.key(seed), position)
-    return jax.random.gumbel(key, (vocab,), jnp.float32)
+    key = jax.random.fold_in(key, kind) if kind else key
+    return make(key, (size,), jnp.float32)
 
   return jax.vmap(jax.vmap(one, (None, 0)))(seed, position)
 
 
-def filter_logits(
-  logits: jax.Array, top_k: jax.Array, top_p: jax.Array
-) -> jax.Array:
-  """Sets what top-k, then top-p of the rest, exclude to -inf.
+def next_positions(position: jax.Array, count: int) -> jax.Array:
+  """[B, count] of the tokens that follow the one at `position` [B]."""
+  return position[:, None] + 1 + jnp.arange(count)
 
-  logits: [B, M, V], at temperature 1 already; top_k, top_p: [B]. Top-p keeps
-  the smallest set of the most probable tokens whose probability reaches top_p.
+
+def filter_logits(
+  logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array
+) -> jax.Array:
+  """Sets what top-k, then top-p of the rest, then min-p exclude to -inf.
+
+  logits: [B, M, V], at temperature 1 already; top_k, top_p, min_p: [B]. Top-p
+  keeps the smallest set of the most probable tokens whose probability reaches
+  top_p; min-p what has at least min_p times the probability of the first.
   Equal logits: the lower token id first.
   """
   vocab = logits.shape[-1]
@@ -93,7 +142,69 @@ def filter_logits(
   keep &= (before < top_p) | (top_p >= 1) | (jnp.arange(vocab) == 0)
   rank = jnp.argsort(order, -1)  # the inverse permutation
   keep = jnp.take_along_axis(keep, rank, -1)
-  return jnp.where(keep, logits, -jnp.inf)
+  # The first is never excluded, whatever rounding does: log(1) is 0.
+  floor = ranked[..., :1] + jnp.log(min_p)[:, None, None]
+  return jnp.where(keep & (logits >= floor), logits, -jnp.inf)
+
+
+def penalize(
+  logits: jax.Array, seen: jax.Array, repetition_penalty: jax.Array
+) -> jax.Array:
+  """Logits [B, M, V] with those of `seen` [B, M, V] tokens made smaller."""
+  penalty = repetition_penalty[:, None, None]
+  less = jnp.where(logits > 0, logits / penalty, logits * penalty)
+  return jnp.where(seen, less, logits)
+
+
+def seen_in(tokens: jax.Array, counts: jax.Array, vocab: int) -> jax.Array:
+  """[B, V] bool: the tokens [B, T] for which `counts` [B, T] is True."""
+  rows = jnp.arange(len(tokens))[:, None]
+  at = jnp.where(counts, tokens, vocab)  # outside: dropped
+  return (
+    jnp.zeros((len(tokens), vocab), bool).at[rows, at].set(True, mode="drop")
+  )
+
+
+def seen_at_nodes(
+  seen: jax.Array, tokens: jax.Array, above: jax.Array
+) -> jax.Array:
+  """[B, M, V] bool: `seen` [B, V] before the root, and on the path to a node.
+
+  tokens: [B, M] of the nodes; above: [B, M, M] as of `tree.ancestors`.
+  """
+  one_hot = jax.nn.one_hot(tokens, seen.shape[1], dtype=jnp.float32)
+  path = jnp.einsum("bmn,bnv->bmv", above.astype(jnp.float32), one_hot)
+  return seen[:, None] | (path > 0)
+
+
+def filtered(
+  logits: jax.Array, sampling: Sampling, seen: jax.Array | None = None
+) -> jax.Array:
+  """Logits [B, M, V] after penalty, temperature and filters; those of greedy
+  rows after the penalty alone."""
+  if sampling.penalized and seen is not None:
+    logits = penalize(logits, seen, sampling.repetition_penalty)
+  if sampling.greedy:
+    return logits
+  temperature = sampling.temperature[:, None, None]
+  scaled = logits / jnp.where(temperature > 0, temperature, 1)
+  if sampling.filtered:
+    scaled = filter_logits(
+      scaled, sampling.top_k, sampling.top_p, sampling.min_p
+    )
+  return jnp.where(temperature > 0, scaled, logits)
+
+
+def probabilities(
+  logits: jax.Array, sampling: Sampling, seen: jax.Array | None = None
+) -> jax.Array:
+  """[B, M, V] what the target draws from: of greedy rows a certainty."""
+  logits = filtered(logits, sampling, seen)
+  greedy = jax.nn.one_hot(argmax(logits), logits.shape[-1], dtype=logits.dtype)
+  if sampling.greedy:
+    return greedy
+  warm = sampling.temperature[:, None, None] > 0
+  return jnp.where(warm, jax.nn.softmax(logits, -1), greedy)
 
 
 def scores(
@@ -102,19 +213,18 @@ def scores(
   position: jax.Array,
   longest: int,
   sampling: Sampling,
+  seen: jax.Array | None = None,
 ) -> jax.Array:
   """[B, M, V] whose argmax is the draw; see `draw`."""
+  logits = filtered(logits, sampling, seen)
   if sampling.greedy:
     return logits
-  temperature = sampling.temperature[:, None, None]
-  scaled = logits / jnp.where(temperature > 0, temperature, 1)
-  if sampling.filtered:
-    scaled = filter_logits(scaled, sampling.top_k, sampling.top_p)
   # Noise once per depth: the draw of a node at depth d is for the next token.
-  levels = position[:, None] + 1 + jnp.arange(longest)  # [B, A]
+  levels = next_positions(position, longest)  # [B, A]
   gumbel = noise(sampling.seed, levels, logits.shape[-1])
   gumbel = jnp.take_along_axis(gumbel, depth[..., None], 1)
-  return jnp.where(temperature > 0, scaled + gumbel, logits)
+  warm = sampling.temperature[:, None, None] > 0
+  return jnp.where(warm, logits + gumbel, logits)
 
 
 def draw(
@@ -123,6 +233,7 @@ def draw(
   position: jax.Array,
   longest: int,
   sampling: Sampling,
+  seen: jax.Array | None = None,
 ) -> jax.Array:
   """The target's own next token after each node, [B, M] int32.
 
@@ -132,8 +243,9 @@ def draw(
     position: [B] absolute position of the root.
     longest: A, static.
     sampling: of the B requests.
+    seen: [B, M, V] the tokens that a penalty is for; needed with one alone.
   """
-  return argmax(scores(logits, depth, position, longest, sampling))
+  return argmax(scores(logits, depth, position, longest, sampling, seen))
 
 
 def argmax(x: jax.Array) -> jax.Array:

@@ -2,8 +2,8 @@
 
     prefill  the prompt -> first token (the root), first draft
     step     verify the draft with one forward pass; accept its longest path
-             that the target would have drawn; commit the path's keys and
-             values; the target's last draw is the new root; draft again
+             that the target goes along with; commit the path's keys and
+             values; the target's own next token is the new root; draft again
 
 Plain autoregressive decoding is the same with a tree of one node. Between
 steps, for each row: `cache.length == prompt length + num_tokens - 1`, since the
@@ -17,12 +17,20 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from spec_stream import accept
+from spec_stream import accept, stops
 from spec_stream.cache import KVCache, commit, empty
 from spec_stream.drafters.base import Accepted, Drafter, Params
 from spec_stream.models.prune import prune
 from spec_stream.models.transformer import ALL, causal_mask, forward
-from spec_stream.sampling import Sampling, draw
+from spec_stream.sampling import (
+  Sampling,
+  draw,
+  next_positions,
+  noise,
+  probabilities,
+  seen_at_nodes,
+  seen_in,
+)
 from spec_stream.tree import TokenTree, ancestors
 
 
@@ -34,11 +42,15 @@ class DecodeState:
   sampling: Sampling
   limit: jax.Array  # [B] most tokens to emit
   end_token: jax.Array  # [E] int32, any of which ends a row; -1 for none
+  stop: jax.Array | None  # [S, V] the table of stop sequences, see `stops`
+  stop_state: jax.Array | None  # [B] where each row is in it
+  seen: jax.Array | None  # [B, V] tokens of prompt and output, for a penalty
   tokens: jax.Array  # [B, N + A] emitted tokens, then junk
   calls: jax.Array  # [B, N + A] call of the target that emitted each token
   num_tokens: jax.Array  # [B]
   accepts: jax.Array  # [B, A] steps that accepted a node of each depth
   done: jax.Array  # [B] bool
+  broken: jax.Array  # [B] bool: ended by a logit that is not finite
 
   @property
   def target_calls(self) -> jax.Array:
@@ -53,6 +65,7 @@ def prefill(
   length: jax.Array,
   limit: jax.Array,
   end_token: jax.Array,
+  stop: jax.Array | None,
   sampling: Sampling,
   slots: int,
   num_new: int,
@@ -74,7 +87,19 @@ def prefill(
   last = jnp.take_along_axis(out.main, at[:, :, None], 1)
   logits = model.logits(last)
   depth = jnp.zeros((batch, 1), jnp.int32)
-  root = draw(logits, depth, length - 1, 1, sampling)[:, 0]
+  seen = None
+  if sampling.penalized:
+    seen = seen_in(prompt, order < length[:, None], config.vocab_size)[:, None]
+  root = draw(logits, depth, length - 1, 1, sampling, seen)[:, 0]
+  if seen is not None:
+    seen = seen[:, 0] | jax.nn.one_hot(root, config.vocab_size, dtype=bool)
+  broken = _not_finite(logits)[:, 0]
+  done = _ends(root, end_token) | (limit <= 1) | broken
+  stop_state = None
+  if stop is not None:
+    one = jnp.ones_like(root)
+    stop_state, stopped = stops.walk(stop, one - 1, root[:, None], one)
+    done |= stopped[:, 0]
   cache = commit(
     empty(
       batch,
@@ -99,21 +124,26 @@ def prefill(
       hidden=out.main,
       streams=None if out.streams is None else out.streams[:, 0],
       taps=out.taps,
+      sampling=sampling,
     ),
   )
   space = (batch, num_new + drafter.longest)
   return DecodeState(
     cache=cache,
-    tree=tree,
+    tree=_in_vocabulary(tree, config.vocab_size),
     drafter=state,
     sampling=sampling,
     limit=limit,
     end_token=end_token,
+    stop=stop,
+    stop_state=stop_state,
+    seen=seen,
     tokens=jnp.zeros(space, jnp.int32).at[:, 0].set(root),
     calls=jnp.zeros(space, jnp.int32),
     num_tokens=jnp.ones((batch,), jnp.int32),
     accepts=jnp.zeros((batch, drafter.longest), jnp.int32),
-    done=_ends(root, end_token) | (limit <= 1),
+    done=done,
+    broken=broken,
   )
 
 
@@ -130,11 +160,12 @@ def step(params: Params, drafter: Drafter, state: DecodeState) -> DecodeState:
         kept, nodes = prune(tree, logits, drafter.prune, longest)
         return nodes, kept
 
+    above = ancestors(tree.parents, longest)
     out = forward(
       model,
       tree.tokens,
       cache.length[:, None] + tree.depth,
-      ancestors(tree.parents, longest),
+      above,
       cache=cache,
       streams=ALL if drafter.num_streams else None,
       num_streams=drafter.num_streams,
@@ -144,9 +175,19 @@ def step(params: Params, drafter: Drafter, state: DecodeState) -> DecodeState:
     tree = tree if keep is None else out.kept
     logits = model.logits(out.main)
   with jax.named_scope("accept"):
-    draws = draw(logits, tree.depth, cache.length, longest, state.sampling)
-    accepted = accept.exact(tree, draws, longest)
-    count, ended = _emitted(state, accepted)
+    seen = None
+    if state.seen is not None:
+      above = above if keep is None else ancestors(tree.parents, longest)
+      seen = seen_at_nodes(state.seen, tree.tokens, above)
+    draws = draw(
+      logits, tree.depth, cache.length, longest, state.sampling, seen
+    )
+    accepted = _accept(drafter, state, tree, logits, draws, seen)
+    count, ended, stop_state = _emitted(state, accepted)
+    broken = jnp.take_along_axis(_not_finite(logits), accepted.path, 1)
+    # A token that is cut emits nothing, whatever came of it.
+    broken &= jnp.arange(longest) < count[:, None]
+    broken = state.broken | broken.any(1)
   with jax.named_scope("commit"):
     # Where to write depends, for XLA, on the draws (which are never negative):
     # else it moves the writes of a plain step ahead of other layers' reads, and
@@ -160,17 +201,19 @@ def step(params: Params, drafter: Drafter, state: DecodeState) -> DecodeState:
     calls = write(state.calls, calls.astype(jnp.int32), start)
     depths = jnp.arange(longest) <= accepted.accepted_len[:, None]
     accepts = state.accepts + (depths & ~state.done[:, None])
+    if state.seen is not None:
+      new = jnp.arange(longest) < count[:, None]
+      seen = state.seen | seen_in(accepted.tokens, new, state.seen.shape[1])
   with jax.named_scope("draft"):
     take = lambda x, at: jnp.take_along_axis(
       x, at.reshape(*at.shape, *(1,) * (x.ndim - 2)), 1
     )
     last = accepted.last[:, None]
-    root = take(draws, last)[:, 0]
     next_tree, drafter_state = drafter.propose(
       params,
       state.drafter,
       Accepted(
-        root=root,
+        root=accepted.bonus,
         position=cache.length,
         tokens=take(tree.tokens, accepted.path),
         count=count,
@@ -178,18 +221,53 @@ def step(params: Params, drafter: Drafter, state: DecodeState) -> DecodeState:
         streams=None if out.streams is None else take(out.streams, last)[:, 0],
         taps=None if out.taps is None else take(out.taps, accepted.path),
         draws=draws,
+        sampling=state.sampling,
       ),
     )
   return state.replace(
     cache=cache,
-    tree=next_tree,
+    tree=_in_vocabulary(next_tree, model.config.vocab_size),
     drafter=drafter_state,
     tokens=tokens,
     calls=calls,
     num_tokens=state.num_tokens + count,
     accepts=accepts,
-    done=state.done | ended,
+    done=state.done | ended | broken,
+    broken=broken,
+    stop_state=stop_state,
+    seen=seen,
   )
+
+
+def _accept(drafter: Drafter, state: DecodeState, tree, logits, draws, seen):
+  """By the rule of the drafter; draws [B, M] are the target's at each node."""
+  longest, sampling = drafter.longest, state.sampling
+  if drafter.rule == "exact":
+    return accept.exact(tree, draws, longest)
+  probs = probabilities(logits, sampling, seen)
+  if drafter.rule == "typical":
+    return accept.typical(tree, draws, probs, longest)
+  levels = next_positions(state.cache.length, longest)
+  draft = drafter.distribution(state.drafter)
+  return accept.rejection(
+    tree,
+    drafter.tree.paths,
+    probs,
+    draft,
+    noise(sampling.seed, levels[:, :-1], drafter.tree.width, "accept"),
+    noise(sampling.seed, levels, logits.shape[-1]),
+  )
+
+
+def _not_finite(logits: jax.Array) -> jax.Array:
+  """[B, M] for logits [B, M, V]; the largest is not finite if one is NaN."""
+  return ~jnp.isfinite(logits.max(-1))
+
+
+def _in_vocabulary(tree: TokenTree, vocab_size: int) -> TokenTree:
+  """The tree with nodes of tokens that there are not dead."""
+  known = (tree.tokens >= 0) & (tree.tokens < vocab_size)
+  return tree.replace(tokens=jnp.where(known, tree.tokens, -1))
 
 
 def _ends(tokens: jax.Array, end_token: jax.Array) -> jax.Array:
@@ -197,16 +275,23 @@ def _ends(tokens: jax.Array, end_token: jax.Array) -> jax.Array:
 
 
 def _emitted(state: DecodeState, accepted: accept.Acceptance):
-  """Tokens each row emits [B], cut at the end token and the limit; and done."""
+  """Tokens each row emits [B], cut at an end token, a stop sequence and the
+  limit; whether it ends [B]; and where it is among the stops then."""
   longest = accepted.tokens.shape[1]
   count = accepted.accepted_len + 1
   order = jnp.arange(longest)
   is_end = _ends(accepted.tokens, state.end_token)
   is_end &= order < count[:, None]
+  stop_state = state.stop_state
+  if state.stop is not None:
+    stop_state, stopped = stops.walk(
+      state.stop, stop_state, accepted.tokens, count
+    )
+    is_end |= stopped
   has_end = is_end.any(1)
   to_end = jnp.where(has_end, jnp.argmax(is_end, 1) + 1, longest)
   count = jnp.minimum(count, to_end)
   room = state.limit - state.num_tokens
   ended = has_end | (count >= room)
   count = jnp.where(state.done, 0, jnp.minimum(count, room))
-  return count.astype(jnp.int32), ended
+  return count.astype(jnp.int32), ended, stop_state

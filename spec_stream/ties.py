@@ -23,7 +23,7 @@ from spec_stream.models.transformer import (
   forward,
   merge_lora,
 )
-from spec_stream.sampling import Sampling, scores
+from spec_stream.sampling import Sampling, scores, seen_in
 
 # Widest margin of a tie between scores (logits plus noise) of size about 10.
 WIDEST_TIE = {"float64": 1e-9, "float32": 1e-4}
@@ -49,6 +49,8 @@ class Difference:
   prompt: int  # its place in the list of prompts
   position: int  # of the token among the new ones, from 0
   margin: float  # inf where one of the two ended and the other went on
+  tokens: tuple[int, int] | None = None  # expected and got; None: one ended
+  whole: int | None = None  # what one pass over the whole text gives
 
   def __str__(self):
     return (
@@ -91,18 +93,20 @@ def compare(
     at = first_difference(a, b)
     if at is None:
       continue
-    margin = math.inf
+    margin, tokens, whole = math.inf, None, None
     if at < min(len(a), len(b)):
-      common = [*prompts[i], *a[:at]]
-      margin = _margin(
-        model, common, len(prompts[i]), (a[at], b[at]), sampling[i], attach
+      common, tokens = [*prompts[i], *a[:at]], (a[at], b[at])
+      margin, whole = _margin(
+        model, common, len(prompts[i]), tokens, sampling[i], attach
       )
-    found.append(Difference(i, at, margin))
+    found.append(Difference(i, at, margin, tokens, whole))
   return found
 
 
-def _margin(model, common, prompt_length, tokens, sampling, attach) -> float:
-  """How far the worse of two tokens is below the best of all."""
+def _margin(
+  model, common, prompt_length, tokens, sampling, attach
+) -> tuple[float, int]:
+  """How far the worse of two tokens is below the best of all; and the best."""
   length = len(common)
   # Powers of two, so that many differences share few programs.
   bucket = max(16, 1 << (length - 1).bit_length())
@@ -118,7 +122,8 @@ def _margin(model, common, prompt_length, tokens, sampling, attach) -> float:
     *nnx.split(model), padded, np.int32(length), at, sampling
   )
   values = np.asarray(values, np.float64)
-  return float(values.max() - values[list(tokens)].min())
+  margin = values.max() - values[list(tokens)].min()
+  return float(margin), int(values.argmax())
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
@@ -136,4 +141,8 @@ def _next_scores(graphdef, weights, tokens, length, at, sampling):
   last = jnp.take(out.main, length - 1, 1)[:, None]
   depth = jnp.zeros((1, 1), jnp.int32)
   position = jnp.reshape(length - 1, (1,))
-  return scores(model.logits(last), depth, position, 1, sampling)[0, 0]
+  seen = None
+  if sampling.penalized:
+    counts = (order < length)[None]
+    seen = seen_in(tokens, counts, model.config.vocab_size)[:, None]
+  return scores(model.logits(last), depth, position, 1, sampling, seen)[0, 0]

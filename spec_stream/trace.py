@@ -10,6 +10,7 @@ from spec_stream.decode import stream
 from spec_stream.detokenize import token_text
 from spec_stream.drafters.base import Drafter
 from spec_stream.models.transformer import Transformer
+from spec_stream.rules import LOSSY
 from spec_stream.task import Prompt
 
 
@@ -79,6 +80,8 @@ def record(
     "prompt": prompt.text,
     "text": tokenizer.decode(tokens),
     "method": drafter.name,
+    "accept": drafter.rule,
+    "lossless": drafter.rule not in LOSSY,
     "tree": drafter.tree.kind if hasattr(drafter, "tree") else "none",
     "steps": steps,
   }

@@ -63,6 +63,19 @@ def root_only(root: jax.Array) -> TokenTree:
   )
 
 
+def star(root: jax.Array, tokens: jax.Array) -> TokenTree:
+  """Trees [B, 1 + n] of `tokens` [B, n], each a child of the root [B]."""
+  below = jnp.zeros_like(tokens)
+  join = lambda a, b: jnp.concatenate([a, b], 1)
+  above = root_only(root)
+  return TokenTree(
+    tokens=join(above.tokens, tokens),
+    parents=join(above.parents, below),
+    depth=join(above.depth, below + 1),
+    log_prob=join(above.log_prob, jnp.zeros(tokens.shape, jnp.float32)),
+  )
+
+
 def ancestors(parents: jax.Array, longest: int) -> jax.Array:
   """Mask [B, M, M]: True at [b, i, n] if n is i or above i.
 
@@ -264,6 +277,18 @@ def check_paths(paths) -> tuple[tuple[int, ...], ...]:
         f"tree path {list(path)} has no parent: add {list(path[:-1])}"
       )
   return tuple(sorted(paths, key=lambda p: (len(p), p)))
+
+
+def check_ranks(paths):
+  """Raises: UserError if siblings leave a rank out: (0,) and (2,), say."""
+  known = set(paths)
+  for path in paths:
+    before = (*path[:-1], path[-1] - 1)
+    if path[-1] and before not in known:
+      raise UserError(
+        f"tree path {list(path)} without {list(before)}: drawn siblings must "
+        "leave no rank out"
+      )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ static (configs, drafters, bucket sizes) comes from this short list.
 import dataclasses
 
 import numpy as np
+import pytest
 
 from spec_stream import ties, weights
 from spec_stream.drafters.streams import StreamDraft
@@ -17,6 +18,17 @@ from spec_stream.tree import TreeSpec
 
 VOCAB = 11
 MOST = 14  # new tokens
+
+
+def in_short(names):
+  """Two cases, one of each mode, in the short run; the others are slow."""
+  short = ("shared, main attends", "lossless")
+  if not set(short) < set(names):
+    short = names[-1:]
+  return [
+    name if name in short else pytest.param(name, marks=pytest.mark.slow)
+    for name in names
+  ]
 
 
 def _case(tree, prune=None, num_streams=0, **streams):
@@ -89,7 +101,8 @@ def as_float32(config: ModelConfig) -> ModelConfig:
 def random_requests(seed: int, batch=3) -> tuple[list[list[int]], dict]:
   """Prompts of 1..12 tokens, and settings that differ from row to row.
 
-  Of the rows about one in three is greedy.
+  Of the rows about one in three is greedy. The batch has two stop sequences,
+  and penalties may encourage repetition.
   """
   rng = np.random.default_rng(seed)
   prompts = [
@@ -101,6 +114,12 @@ def random_requests(seed: int, batch=3) -> tuple[list[list[int]], dict]:
     temperature=rng.choice([0.0, 0.7, 1.3], batch),
     top_k=rng.choice([0, 4], batch),
     top_p=rng.choice([0.8, 1.0], batch),
+    min_p=rng.choice([0.0, 0.05], batch),
+    repetition_penalty=rng.choice([0.8, 1.0, 1.3], batch),
+    # Other first tokens: then their table has the same size each time.
+    stop=np.stack(
+      [rng.choice(VOCAB, 2, replace=False), rng.integers(0, VOCAB, 2)], 1
+    ).tolist(),
     seed=rng.integers(0, 2**32, batch),
   )
   return prompts, settings
@@ -108,12 +127,19 @@ def random_requests(seed: int, batch=3) -> tuple[list[list[int]], dict]:
 
 def row(settings: dict, i: int) -> dict:
   """The settings of request i alone."""
-  return {k: v[i] if np.ndim(v) else v for k, v in settings.items()}
+  shared = ("end_token", "stop")
+  return {
+    k: v[i] if k not in shared and np.ndim(v) else v
+    for k, v in settings.items()
+  }
+
+
+_OF_THE_LOOP = ("max_new_tokens", "end_token", "stop")
 
 
 def differences(model, prompts, plain, fast, settings):
   """Where two outputs of the same requests differ, with margins: see `ties`."""
-  keys = ("temperature", "top_k", "top_p", "seed")
+  keys = [k for k in settings if k not in _OF_THE_LOOP]
   return ties.compare(
     model,
     prompts,

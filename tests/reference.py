@@ -145,8 +145,17 @@ def log_softmax(x):
   return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
-def filter_logits(logits, top_k, top_p):
-  """One distribution [V]: what top-k and then top-p exclude is -inf."""
+def penalize(logits, seen, penalty):
+  """One row [V]; seen: the tokens of prompt and output."""
+  out = np.array(logits, np.float64)
+  for token in set(seen):
+    x = out[token]
+    out[token] = x / penalty if x > 0 else x * penalty
+  return out
+
+
+def filter_logits(logits, top_k, top_p, min_p=0.0):
+  """One distribution [V]: what top-k, top-p, min-p exclude is -inf."""
   order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
   order = order[: top_k or None]
   probs = np.exp([logits[i] - logits[order[0]] for i in order])
@@ -157,6 +166,8 @@ def filter_logits(logits, top_k, top_p):
       break
     kept.append(token)
     mass += prob
+  first = logits[order[0]]
+  kept = [i for i in kept if np.exp(logits[i] - first) >= min_p]
   return np.array(
     [x if i in kept else -np.inf for i, x in enumerate(logits)], np.float64
   )

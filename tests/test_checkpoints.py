@@ -31,7 +31,7 @@ def saved(tmp_path_factory):
   tokenizer.save(str(workdir / "tokenizer.json"))
   state, _ = states.init(model, tiny.TRAIN, sharding.make_mesh())
   source = tiny.iterator()
-  with checkpoints.Saver(workdir, keep=2) as saver:
+  with checkpoints.Saver(workdir, 2, tokenizer.hash()) as saver:
     for step in range(1, 6):
       next(source)
       if step in (1, 3, 5):
@@ -163,7 +163,22 @@ def test_another_model_than_the_saved_one(workdir):
   config = checkpoints.read_config(workdir)
   config["model"]["ffw_dim"] = 48
   checkpoints.write_config(workdir, config)
-  refuses(workdir, "checkpoints/5 cannot be read")
+  refuses(workdir, r"differ, such as .*, saved .*24.*, expected .*48")
+
+
+def test_another_tokenizer_of_the_same_size(workdir):
+  path = workdir / "tokenizer.json"
+  words = json.loads(path.read_text())
+  merges = words["model"]["merges"]
+  merges[0], merges[1] = merges[1], merges[0]
+  path.write_text(json.dumps(words))
+  refuses(workdir, "is not the one that its checkpoint of step 5")
+
+
+def test_a_checkpoint_without_its_manifest_is_read_no_less(workdir, saved):
+  """Those of earlier versions have none."""
+  (workdir / "checkpoints/5/meta/metadata").write_text('{"step": 5}')
+  assert same(checkpoints.load_run(workdir).model, saved[1])
 
 
 def test_what_is_missing_is_named(workdir, tmp_path):

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 import reference
 from flax import nnx
-from random_models import CASES, VOCAB, random_model, random_requests
+from random_models import (
+  CASES,
+  VOCAB,
+  in_short,
+  random_model,
+  random_requests,
+)
 
 from spec_stream.bench import Compilations
 from spec_stream.decode import Decoder, generate, stream
@@ -26,7 +32,7 @@ close = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9)
 # -- the cache ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", in_short(CASES))
 def test_cache_after_steps_is_that_of_a_fresh_prefill(x64, name):
   """After each step, of the tokens committed so far."""
   config, drafter = CASES[name]
@@ -71,7 +77,8 @@ def teacher_forced(graphdef, state, batch):
 
 
 @pytest.mark.parametrize(
-  "name", ["shared, main attends", "shared, first version", "lossless"]
+  "name",
+  in_short(["shared, main attends", "shared, first version", "lossless"]),
 )
 def test_acceptance_is_that_under_teacher_forcing(x64, name):
   """A chain accepts as long as the streams' argmax is the text's next token."""

@@ -43,12 +43,14 @@ def decode(decoder, prompts, options):
 def requests(seed, batch, sampled):
   """Ragged prompts; two programs in all: all greedy, or one row that is not."""
   prompts, options = random_requests(seed, batch)
-  forced = dict(temperature=0.9, top_k=3) if sampled else {}
-  for name in ("temperature", "top_k", "top_p"):
-    if not sampled:
+  forced = dict(repetition_penalty=1.2)
+  if sampled:
+    forced |= dict(temperature=0.9, top_k=3)
+  else:
+    for name in ("temperature", "top_k", "top_p", "min_p"):
       del options[name]
-    elif name in forced:
-      options[name] = np.array([forced[name], *options[name][1:]])
+  for name, value in forced.items():
+    options[name] = np.array([value, *options[name][1:]])
   return prompts, options
 
 

@@ -77,7 +77,13 @@ def test_an_exported_checkpoint_is_the_same_model(source, tmp_path):
   assert config == model.config
 
 
-@pytest.mark.parametrize("name", ["qwen2", "phi", "phi3", "opt"])
+PROJECTIONS = ("qwen2", "phi", "phi3")  # laid out otherwise
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["opt", *(pytest.param(n, marks=pytest.mark.slow) for n in PROJECTIONS)],
+)
 def test_adapters_are_folded_in_or_written_for_peft(name, tmp_path):
   """Shared mode, main stream = base + LoRA, each layout of projections."""
   path = tmp_path / "base"

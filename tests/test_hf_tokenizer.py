@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 import time
 
 import pytest
@@ -419,6 +420,18 @@ def test_save_and_load(name, loaded, tmp_path):
   assert again.encode_prompt("The dog") == tokenizer.encode_prompt("The dog")
   assert again.has_chat_template == tokenizer.has_chat_template
   assert [p.name for p in root.parent.iterdir()] == ["new"]  # nothing beside
+
+
+def test_the_hash_survives_an_id_that_is_null(roots, tmp_path):
+  root = tmp_path / "null"
+  shutil.copytree(roots["llama"], root)
+  for name, pad in (("generation_config.json", None), ("config.json", 2)):
+    (root / name).write_text(json.dumps({"pad_token_id": pad}))
+  tokenizer = load(root)
+  tokenizer.save(tmp_path / "saved")
+  again = load(tmp_path / "saved")
+  assert again.pad_id == tokenizer.pad_id == 2
+  assert again.hash() == tokenizer.hash()
 
 
 def test_hash_tells_tokenizers_apart(loaded, roots, tmp_path):

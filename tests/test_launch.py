@@ -153,6 +153,9 @@ COLOURS = "sys.stdout.isatty = lambda: True"
 GENERATE = {
   "none": ([*FILE, "--drafter=none"], ""),
   "streams": ([*FILE, "--tree=cartesian", "--tree_width=2"], ""),
+  "drawn": ([*FILE, "--accept=rejection", "--min_p=0.1"], ""),
+  "typical": ([*FILE, "--accept=typical", "--stop=ab"], ""),
+  "lossy": ([*SHORT, "--prompt=red big", "--accept=typical"], ""),
   "ids": (
     ["--workdir=no_tokenizer", "--token_ids=5 17 30", "--json"]
     + ["--max_new_tokens=4"],
@@ -211,6 +214,22 @@ MISTAKES = {
     [RUN, "--prompt=a", "--max_new_tokens=0"]
   ),
   "temperature must be": [*SHORT, "--prompt=a", "--temperature=-1"],
+  "min_p must be in [0, 1]": [*SHORT, "--prompt=a", "--min_p=-1"],
+  "repetition_penalty must be above 0": (
+    [*SHORT, "--prompt=a", "--repetition_penalty=0"]
+  ),
+  "a stop sequence is empty": [*SHORT, "--prompt=a", "--stop="],
+  "--stop is text, which this model has no tokenizer for": (
+    ["--workdir=no_tokenizer", "--token_ids=5", "--stop=a"]
+    + ["--max_new_tokens=4"]
+  ),
+  "accept=rejection: the shape of a best_first tree": (
+    [*SHORT, "--prompt=a", "--accept=rejection", "--tree=best_first"]
+  ),
+  "prompt_lookup takes the most probable: use exact": (
+    [*SHORT, "--prompt=a", "--accept=rejection", "--drafter=prompt_lookup"]
+    + ["--tree_nodes=1"]
+  ),
 }
 
 
@@ -228,13 +247,23 @@ def test_generate_prints_the_same_tokens_whoever_drafts(generated):
   assert len(none) == 3 and generated["none"].err == ""
   for answer in none:
     assert answer.keys() == {
-      "text", "token_ids", "target_calls", "tokens_per_call"
+      "text", "token_ids", "target_calls", "tokens_per_call", "lossless"
     }  # fmt: skip
+    assert answer["lossless"] is True
     assert answer["target_calls"] == len(answer["token_ids"]) <= 9
     assert answer["tokens_per_call"] == 1
   tokens = lambda answers: [(a["token_ids"], a["text"]) for a in answers]
   assert tokens(drafted) == tokens(none)
   assert len({tuple(a["token_ids"]) for a in none}) == 3
+
+
+def test_generate_by_other_rules_of_acceptance(generated):
+  assert all(a["lossless"] for a in generated["drawn"].objects())
+  typical = generated["typical"].objects()
+  assert len(typical) == 3
+  assert all(a["lossless"] is False for a in typical)
+  assert "accept=typical is NOT lossless" in generated["lossy"].out
+  assert "lossless" not in generated["text"].out
 
 
 def test_generate_without_a_tokenizer(generated):
@@ -294,7 +323,8 @@ FIELDS = (
 
 @pytest.fixture(scope="module")
 def benchmarked(folder):
-  shutil.copytree(folder / "run", folder / "asked")
+  for name in ("asked", "lossy"):
+    shutil.copytree(folder / "run", folder / name)
   asked = ("red", "sport"), ("big old", "art"), ("new", "sport")
   lines = [
     json.dumps({"question_id": i, "category": category, "turns": [text]})
@@ -315,7 +345,19 @@ def benchmarked(folder):
         "",
       ),
       "--chat and --turns go with": ([*MEASURE, "--turns=2"], ""),
-      "wrong": ([*MEASURE, "--prompts=2", "--tree_nodes=3"], WRONG),  # the last
+      "--accept is not for plain decoding": (
+        [*MEASURE, "--drafters=none", "--accept=typical"],
+        "",
+      ),
+      "typical": (
+        ["--workdir=lossy", "--max_new_tokens=9", "--prompts=2"]
+        + ["--accept=typical", "--temperature=1.5", "--tree_nodes=3"],
+        "",
+      ),
+      "wrong": (
+        [*MEASURE, "--prompts=2", "--tree_nodes=3", "--explain_differences"],
+        WRONG,
+      ),  # the last
     },
     folder,
   )
@@ -363,16 +405,37 @@ def test_benchmark_of_questions_ends_with_their_categories(folder, benchmarked):
   assert low - 0.01 <= row["tokens_per_call"] <= high + 0.01
 
 
-def test_benchmark_fails_where_tokens_differ(benchmarked):
+def test_benchmark_fails_where_tokens_differ(folder, benchmarked):
   wrong = benchmarked["wrong"]
   assert wrong.code == 1 and " 0.0%" in wrong.out
   (line,) = [x for x in wrong.err.splitlines() if x.startswith("BUG: ")]
   assert "streams (3 nodes) departs" in line and "new token 1" in line
+  lines = (folder / "run" / "differences.jsonl").read_text().splitlines()
+  found = [json.loads(line) for line in lines]
+  assert [(d["method"], d["position"]) for d in found] == [("streams", 1)] * 2
+  assert not any(d["plain_in_batch"] or d["plain_in_tree"] for d in found)
+  assert "In 0 of 2 plain decoding departs" in wrong.out
+
+
+def test_benchmark_marks_what_is_not_lossless(folder, benchmarked):
+  done = benchmarked["typical"]
+  assert done.code == 0, done
+  assert "accept=typical is NOT lossless" in done.out
+  lines = (folder / "lossy" / "results.jsonl").read_text().splitlines()
+  *plain, row = [json.loads(line) for line in lines]
+  assert (row["accept"], row["lossless"], row["identical"]) == (
+    "typical",
+    False,
+    None,
+  )
+  assert all(r["lossless"] and r["accept"] == "exact" for r in plain)
+  trace = json.loads((folder / "lossy" / "trace.json").read_text())
+  assert trace["lossless"] is False
 
 
 def test_benchmark_says_a_mistake_in_one_line(benchmarked):
   for says, done in benchmarked.items():
-    if says not in ("good", "wrong", "asked"):
+    if says not in ("good", "wrong", "asked", "typical"):
       one_line(done, says)
 
 

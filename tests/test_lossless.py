@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import (
   CASES,
+  MOST,
   VOCAB,
   as_float32,
   differences,
+  in_short,
   random_model,
   random_requests,
   row,
@@ -28,7 +30,7 @@ from spec_stream.tree import TreeSpec
 
 SEEDS = st.integers(0, 2**32 - 1)
 # Some row must be sampled and filtered, so that each example runs one program.
-FORCED = dict(temperature=0.9, top_k=3)
+FORCED = dict(temperature=0.9, top_k=3, repetition_penalty=1.2)
 
 
 def requests(seed):
@@ -38,7 +40,7 @@ def requests(seed):
   return prompts, options
 
 
-def check_counts(out, limit, end_token):
+def check_counts(out, limit, end_token, stop):
   """tokens == target calls + accepted, up to what end and limit cut."""
   tokens, accepted = len(out.token_ids), sum(out.accepts[1:])
   cut = out.target_calls + accepted - tokens
@@ -46,8 +48,11 @@ def check_counts(out, limit, end_token):
   assert tokens <= limit
   ends = [i for i, token in enumerate(out.token_ids) if token == end_token]
   assert ends in ([], [tokens - 1])
+  pairs = list(zip(out.token_ids, out.token_ids[1:]))
+  stops = [i + 1 for i, pair in enumerate(pairs) if list(pair) in stop]
+  assert stops in ([], [tokens - 1])
   if cut:  # only a row that came to its end loses tokens
-    assert ends or tokens == limit
+    assert ends or stops or tokens == limit
   assert out.accepts[0] == out.target_calls - 1
   assert out.calls == sorted(out.calls)
   assert out.calls[-1] == out.target_calls - 1
@@ -68,14 +73,15 @@ def test_tokens_are_those_of_plain_decoding(x64, name):
     for i, (a, b) in enumerate(zip(plain, fast)):
       assert a.token_ids == b.token_ids
       assert a.target_calls == len(a.token_ids)
-      check_counts(b, options["max_new_tokens"][i], options["end_token"])
+      limit, end = options["max_new_tokens"][i], options["end_token"]
+      check_counts(b, limit, end, options["stop"])
       accepted.append(sum(b.accepts[1:]))
 
   check()
   assert sum(accepted) > 0  # or nothing was tested
 
 
-@pytest.mark.parametrize("name", ["shared, main attends", "lossless"])
+@pytest.mark.parametrize("name", in_short(["shared, main attends", "lossless"]))
 def test_greedy_program_and_streaming(x64, name):
   config, drafter = CASES[name]
   for seed in range(4):
@@ -92,7 +98,7 @@ def test_greedy_program_and_streaming(x64, name):
       assert x.path[0] == 0 and len(x.path) >= len(x.token_ids)
 
 
-@pytest.mark.parametrize("name", ["shared, pruned", "lossless"])
+@pytest.mark.parametrize("name", in_short(["shared, pruned", "lossless"]))
 def test_a_row_in_a_batch_gives_what_it_gives_alone(x64, name):
   config, drafter = CASES[name]
   for seed in range(3):
@@ -103,14 +109,14 @@ def test_a_row_in_a_batch_gives_what_it_gives_alone(x64, name):
       one = {**row(options, i)}
       # The same program for each row: a sampled, filtered companion.
       pair = {
-        k: np.array([v, options[k][0]]) if k != "end_token" else v
+        k: v if k in ("end_token", "stop") else np.array([v, options[k][0]])
         for k, v in one.items()
       }
       alone = generate(model, [prompts[i], prompts[0]], drafter, **pair)[0]
       assert alone == expected
 
 
-@pytest.mark.parametrize("name", ["shared, main attends", "lossless"])
+@pytest.mark.parametrize("name", in_short(["shared, main attends", "lossless"]))
 def test_float32_differs_in_ties_alone(name):
   config, drafter = CASES[name]
   config = as_float32(config)
@@ -149,6 +155,32 @@ def test_limits_and_ends_inside_a_path(x64):
   assert out.token_ids == [7] and out.target_calls == 1
 
 
+def test_stop_sequences_inside_a_path(x64):
+  """What plain decoding gives without stops, up to the first that is in it."""
+  config, drafter = CASES["shared, main attends"]
+  cut = 0
+  for seed in range(2):
+    model = random_model(config, seed)
+    prompts, options = requests(seed)
+    options |= {"max_new_tokens": MOST, "end_token": -1, "stop": ()}
+    plain = [
+      x.token_ids for x in generate(model, prompts, NoDraft(), **options)
+    ]
+    for at in range(2, 6):
+      stop = [plain[0][at - 2 : at], [VOCAB - 1, plain[1][at], plain[1][at]]]
+      options["stop"] = stop
+      for name in (NoDraft(), drafter):
+        for whole, x in zip(plain, generate(model, prompts, name, **options)):
+          ends = [
+            i
+            for i in range(1, MOST + 1)
+            if any(whole[max(0, i - len(s)) : i] == s for s in stop)
+          ]
+          assert x.token_ids == whole[: min(ends, default=MOST)]
+          cut += len(x.token_ids) < MOST
+  assert cut > 10
+
+
 @pytest.mark.slow
 def test_many_random_cases(x64):
   """Shapes vary too: hundreds of programs, minutes of compiling."""
@@ -185,7 +217,7 @@ def test_many_random_cases(x64):
     model = random_model(config, seed)
     prompts, options = random_requests(seed, batch)
     prompts = [[t % config.vocab_size for t in p] for p in prompts]
-    options["end_token"] = -1
+    options |= {"end_token": -1, "stop": ()}
     plain = generate(model, prompts, NoDraft(), **options)
     fast = generate(model, prompts, StreamDraft(tree), **options)
     assert [x.token_ids for x in plain] == [x.token_ids for x in fast], config

@@ -200,3 +200,64 @@ def test_answers_come_in_order_and_as_if_each_were_alone():
   assert first == {**got[0], "text": None}
   with pytest.raises(UserError, match="batch=0"):
     next(requests.answers(model, None, found, drafter, 0, **settings))
+
+
+@pytest.mark.parametrize("at", [0, 2, 5])
+def test_a_stop_ends_the_text_before_it(at):
+  """In batches and call by call, though tokens are cut behind it."""
+  model = make_model(dataclasses.replace(SMALL, vocab_size=280))
+  request = requests.Request("0", None, (4, 5), seed=3)
+  drafter = StreamDraft(TreeSpec(num_nodes=2))
+  settings = dict(max_new_tokens=24, temperature=1.0)
+  answer = lambda **more: next(
+    requests.answers(
+      model, TOKENIZER, [request], drafter, 1, **settings, **more
+    )
+  )
+  whole = answer()
+  words = [c for c in whole["text"] if c != "\ufffd"]
+  stop = [words[at] + words[at + 1], words[at + 1] + "never", words[at]]
+  stop = [x for x in stop if x in whole["text"]]
+  short = answer(stop=stop)
+  end = min(whole["text"].index(x) for x in stop)
+  assert short["text"] == whole["text"][:end]
+  count = len(short["token_ids"])
+  assert count < 24 and short["token_ids"] == whole["token_ids"][:count]
+  steps = requests.pieces(
+    model, TOKENIZER, request, drafter, stop=stop, **settings
+  )
+  assert "".join(text for text, _ in steps) == short["text"]
+
+
+def test_a_stop_that_begins_with_a_space_the_text_lacks():
+  """Llama's tokenizers take a space from the start of a text."""
+
+  class Words:
+    pad_id, bos_id, sep_id, eos_ids, vocab_size = 0, 1, None, (), 9
+    pieces = {4: b" Yes", 5: b" no", 6: b"!"}
+
+    def token_bytes(self, token):
+      return self.pieces.get(token, b"")
+
+    def decode(self, ids):
+      text = b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
+      return text.removeprefix(" ")
+
+  for ids, stop, text in [
+    ([4, 6], " Yes", ""),
+    ([5, 4, 6], " Yes", "no"),
+    ([4, 6], "s!", "Ye"),
+    ([4, 6], "?", "Yes!"),
+  ]:
+    assert requests._text(Words(), ids, [stop]) == text
+
+
+def test_a_stop_that_is_no_text():
+  model = make_model(dataclasses.replace(SMALL, vocab_size=280))
+  request = requests.Request("0", None, (4, 5), seed=3)
+  with pytest.raises(UserError, match="--stop"):
+    next(
+      requests.answers(
+        model, TOKENIZER, [request], StreamDraft(), 1, 4, stop=["\udcff"]
+      )
+    )

@@ -16,7 +16,7 @@ from spec_stream.errors import UserError
 SEEDS = st.integers(0, 2**32 - 1)
 VOCAB = 9
 
-noise = jax.jit(sampling.noise, static_argnames="vocab")
+noise = jax.jit(sampling.noise, static_argnames=("size", "purpose"))
 draw = jax.jit(sampling.draw, static_argnames="longest")
 scores = jax.jit(sampling.scores, static_argnames="longest")
 filter_logits = jax.jit(sampling.filter_logits)
@@ -28,9 +28,9 @@ filter_logits = jax.jit(sampling.filter_logits)
 def test_noise_is_that_of_seed_and_position_alone():
   seeds = np.array([5, 5, 2**32 - 1], np.uint32)
   positions = np.array([[0, 7, 7], [7, 8, 2], [7, 0, 1]], np.int32)
-  several = noise(seeds, positions, vocab=VOCAB)
+  several = noise(seeds, positions, size=VOCAB)
   for b, i in np.ndindex(3, 3):
-    one = noise(seeds[b : b + 1], positions[b : b + 1, i : i + 1], vocab=VOCAB)
+    one = noise(seeds[b : b + 1], positions[b : b + 1, i : i + 1], size=VOCAB)
     np.testing.assert_array_equal(several[b, i], one[0, 0])
   assert (several[0, 1] == several[0, 2]).all()  # the same position
   assert (several[0, 1] == several[1, 0]).all()  # in another row
@@ -48,7 +48,11 @@ def test_a_node_draws_for_the_position_after_it(seed):
   position = rng.integers(0, 1000, 3).astype(np.int32)
   # The last row is greedy, the first filters nothing.
   settings_ = sampling.make(
-    3, [0.7, 1.5, 0.0], [0, 3, 2], [1, 0.7, 1], rng.integers(0, 2**32, 3)
+    3,
+    [0.7, 1.5, 0.0],
+    [0, 3, 2],
+    [1, 0.7, 1],
+    seed=rng.integers(0, 2**32, 3),
   )
   drawn = draw(logits, depth, position, longest=4, sampling=settings_)
   zero = np.zeros((3, 1), np.int32)
@@ -72,20 +76,30 @@ def test_scores_are_filtered_logits_and_noise(seed):
   depth = rng.integers(0, 4, (3, 5)).astype(np.int32)
   position = rng.integers(0, 1000, 3).astype(np.int32)
   temperature, top_k, top_p = [0.7, 1.5, 0.0], [0, 3, 2], [1, 0.7, 1]
-  seeds = rng.integers(0, 2**32, 3)
-  rule = sampling.make(3, temperature, top_k, top_p, seeds)
-  got = scores(logits, depth, position, longest=4, sampling=rule)
-  np.testing.assert_array_equal(got[2], logits[2])
-  for b, m in np.ndindex(2, 5):
-    scaled = logits[b, m] / np.float32(temperature[b])
-    at = position[b] + 1 + depth[b, m]
-    gumbel = noise(rule.seed[b : b + 1], np.array([[at]]), vocab=VOCAB)[0, 0]
-    expected = reference.filter_logits(scaled, top_k[b], top_p[b]) + gumbel
-    np.testing.assert_allclose(got[b, m], expected, rtol=1e-5, atol=1e-5)
+  min_p, penalty = [0.1, 0.0, 0.5], [1.0, 1.3, 0.8]
+  rule = sampling.make(
+    3,
+    temperature,
+    top_k,
+    top_p,
+    min_p,
+    penalty,
+    seed=rng.integers(0, 2**32, 3),
+  )
+  seen = rng.random((3, 5, VOCAB)) < 0.3
+  got = scores(logits, depth, position, longest=4, sampling=rule, seen=seen)
+  for b, m in np.ndindex(3, 5):
+    x = reference.penalize(logits[b, m], np.flatnonzero(seen[b, m]), penalty[b])
+    if temperature[b]:
+      at = np.array([[position[b] + 1 + depth[b, m]]])
+      scaled = x / np.float32(temperature[b])
+      x = reference.filter_logits(scaled, top_k[b], top_p[b], min_p[b])
+      x += noise(rule.seed[b : b + 1], at, size=VOCAB)[0, 0]
+    np.testing.assert_allclose(got[b, m], x, rtol=1e-5, atol=1e-5)
 
 
 def test_a_greedy_batch_needs_no_noise():
-  rule = sampling.make(2, 0.0, 5, 0.5, [1, 2])
+  rule = sampling.make(2, 0.0, 5, 0.5, seed=[1, 2])
   assert rule.greedy
   logits = np.random.default_rng(0).normal(size=(2, 5, VOCAB))
   depth, position = np.zeros((2, 5), np.int32), np.zeros(2, np.int32)
@@ -112,9 +126,12 @@ def test_filters(x64, tied):
     top_k = rng.integers(0, VOCAB + 2, 4).astype(np.int32)
     # Sums of equal probabilities are not exact: stay clear of their multiples.
     top_p = rng.choice([0.0617, 0.3719, 0.7931, 0.9787, 1.0], 4)
-    got = filter_logits(logits, top_k, top_p)
+    min_p = rng.choice([0.0, 0.013, 0.21, 1.0], 4)
+    got = filter_logits(logits, top_k, top_p, min_p)
     for b, m in np.ndindex(4, 3):
-      expected = reference.filter_logits(logits[b, m], top_k[b], top_p[b])
+      expected = reference.filter_logits(
+        logits[b, m], top_k[b], top_p[b], min_p[b]
+      )
       np.testing.assert_array_equal(got[b, m], expected)
 
   check()
@@ -130,7 +147,9 @@ def test_top_p_reached_exactly_ends_the_set():
     (0.76, [0, 1, 3]),  # of equals the lower id
     (1.0, [0, 1, 2, 3]),
   ]:
-    got = filter_logits(logits, np.array([0]), np.array([top_p], np.float32))
+    got = filter_logits(
+      logits, np.array([0]), np.array([top_p], np.float32), np.zeros(1)
+    )
     assert np.flatnonzero(np.isfinite(got[0, 0])).tolist() == expected, top_p
 
 
@@ -139,10 +158,36 @@ def test_filters_that_are_off_exclude_nothing():
   on whether another one of its batch is filtered."""
   logits = np.array([[[0, -20, -25, -30]], [[3, 2, 1, 0]]], np.float32)
   off, some = np.array([0, 2], np.int32), np.array([1, 0.9], np.float32)
-  got = filter_logits(logits, off, some)
+  none = np.zeros(2)
+  got = filter_logits(logits, off, some, none)
   np.testing.assert_array_equal(got[0], logits[0])
-  got = filter_logits(logits, np.array([3, 0], np.int32), some)
+  got = filter_logits(logits, np.array([3, 0], np.int32), some, none)
   assert np.isfinite(got[0, 0]).tolist() == [True, True, True, False]
+
+
+def test_processors_are_those_of_transformers():
+  processors = pytest.importorskip("transformers").generation.logits_process
+  torch = pytest.importorskip("torch")
+  rng = np.random.default_rng(0)
+  for _ in range(30):
+    logits = rng.normal(0, 3, (1, 40)).astype(np.float32)
+    prompt = rng.integers(0, 40, (1, 7))
+    penalty, temperature = rng.uniform(0.7, 1.6), rng.uniform(0.5, 1.5)
+    top_k, top_p = int(rng.integers(1, 41)), rng.uniform(0.3, 0.99)
+    min_p = rng.uniform(0, 0.3)
+    theirs = torch.tensor(logits)
+    for processor in (
+      processors.RepetitionPenaltyLogitsProcessor(penalty),
+      processors.TemperatureLogitsWarper(temperature),
+      processors.TopKLogitsWarper(top_k),
+      processors.TopPLogitsWarper(top_p),
+      processors.MinPLogitsWarper(min_p),
+    ):
+      theirs = processor(torch.tensor(prompt), theirs)
+    rule = sampling.make(1, temperature, top_k, top_p, min_p, penalty)
+    seen = sampling.seen_in(prompt, np.ones_like(prompt, bool), 40)[:, None]
+    ours = sampling.filtered(jnp.asarray(logits)[:, None], rule, seen)
+    np.testing.assert_allclose(ours[:, 0], theirs.numpy(), rtol=1e-5)
 
 
 # -- distributions -----------------------------------------------------------
@@ -161,7 +206,7 @@ def chi_square(counts, expected):
 def many_draws(temperature, top_k, top_p, positions):
   """Tokens [2000, M] drawn under 2000 seeds, one per depth; and the logits."""
   logits = np.array([0.5, 1.0, -0.5, 0.0, 0.3, -0.2], np.float32)
-  rule = sampling.make(COUNT, temperature, top_k, top_p, np.arange(COUNT))
+  rule = sampling.make(COUNT, temperature, top_k, top_p, seed=np.arange(COUNT))
   depth = jnp.broadcast_to(jnp.arange(positions), (COUNT, positions))
   everywhere = jnp.broadcast_to(logits, (COUNT, positions, logits.size))
   position = jnp.full(COUNT, 12)
@@ -208,7 +253,7 @@ def test_argmax_is_the_lowest_of_the_largest():
 
 
 def test_settings_are_one_or_one_per_request():
-  rule = sampling.make(3, 0.5, [1, 2, 3], 0.9, np.array([7, 8, 2**32 - 1]))
+  rule = sampling.make(3, 0.5, [1, 2, 3], 0.9, seed=np.array([7, 8, 2**32 - 1]))
   assert rule.temperature.tolist() == [0.5] * 3
   assert rule.top_k.tolist() == [1, 2, 3]
   assert rule.seed.tolist() == [7, 8, 2**32 - 1]
@@ -226,6 +271,8 @@ def test_settings_are_one_or_one_per_request():
     (dict(top_k=[1, 2, 3]), r"one per request \(2\)"),
     (dict(top_p=0), r"top_p must be in \(0, 1\]"),
     (dict(top_p=1.1), r"top_p must be in \(0, 1\]"),
+    (dict(min_p=1.5), r"min_p must be in \[0, 1\]"),
+    (dict(repetition_penalty=0), "repetition_penalty must be above 0"),
     (dict(seed=-1), r"seed must be in \[0, 2\*\*32\)"),
     (dict(seed=2**32), r"seed must be in \[0, 2\*\*32\)"),
   ],

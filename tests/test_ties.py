@@ -59,7 +59,7 @@ def test_every_token_decoded_is_the_best_of_the_recomputed_scores():
 def scores_after(model, tokens):
   """Logits of the first new token, by way of the margins of each token."""
   below = [
-    ties._margin(model, tokens, len(tokens), (t,), sampling.make(1), True)
+    ties._margin(model, tokens, len(tokens), (t,), sampling.make(1), True)[0]
     for t in range(model.config.vocab_size)
   ]
   return -np.array(below)

@@ -148,7 +148,7 @@ def decoding(
     raise UserError(f"a cache of {slots} slots has no room for new tokens")
   numbers = np.zeros(batch, np.int32)
   args = np.zeros((batch, prompt), np.int32), numbers, numbers, numbers[:1]
-  args = here((*args, jax.eval_shape(lambda: sampling.make(batch))))
+  args = here((*args, None, jax.eval_shape(lambda: sampling.make(batch))))
   prefill = lambda values, *args: decode._prefill(
     graph[0], values, drafter, slots, num_new, *args
   )

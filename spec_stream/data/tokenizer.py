@@ -5,6 +5,7 @@ Four ids are fixed: <pad> 0, <bos> 1, <sep> 2, <eos> 3. An example is
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Sequence
 
@@ -87,6 +88,16 @@ class Tokenizer:
     """Text of `ids`, specials left out; half a character decodes to U+FFFD."""
     return self._core.decode(list(map(int, ids)), skip_special_tokens=True)
 
+  def token_bytes(self, token: int) -> bytes:
+    """What a token adds to a text; nothing for specials and unknown ids."""
+    from spec_stream.hf.bpe import level_bytes
+
+    known = len(SPECIALS) <= token < self.vocab_size
+    return level_bytes(self._core.id_to_token(token)) if known else b""
+
   def hash(self) -> str:
-    """sha256 of the tokenizer's JSON form."""
-    return hashlib.sha256(self._core.to_str().encode()).hexdigest()
+    """sha256 of the vocabulary and the merges, however a file writes them."""
+    merges = json.loads(self._core.to_str())["model"]["merges"]
+    pairs = [x.split(" ") if isinstance(x, str) else list(x) for x in merges]
+    words = [sorted(self._core.get_vocab().items()), pairs]
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()

@@ -21,6 +21,8 @@ from spec_stream.errors import UserError
 from spec_stream.models.config import ModelConfig
 from spec_stream.models.prune import Prune
 from spec_stream.models.transformer import Transformer
+from spec_stream.rules import RULES
+from spec_stream.sampling import Sampling
 from spec_stream.tree import TokenTree, TreeSpec
 
 
@@ -32,7 +34,7 @@ class Accepted:
   tree and accepted nodes), with the target's hidden states.
   """
 
-  root: jax.Array  # [B] the new root: the target's last draw, not yet committed
+  root: jax.Array  # [B] the new root: the last token emitted, not yet committed
   position: jax.Array  # [B] absolute position of the new root
   tokens: jax.Array  # [B, A] committed tokens, then junk
   count: jax.Array  # [B] how many of them count
@@ -40,6 +42,7 @@ class Accepted:
   streams: jax.Array | None  # [B, J, D] streams of the last committed token
   taps: jax.Array | None = None  # [B, A, n, D] of the layers in Drafter.taps
   draws: jax.Array | None = None  # [B, M] draw at each node; not after prefill
+  sampling: Sampling | None = None  # of the requests
 
   @property
   def last_hidden(self) -> jax.Array:
@@ -60,6 +63,7 @@ class Drafter:
   num_streams = 0  # streams the target attaches to each node
   prune = Prune()  # early-exit pruning of its trees
   taps: tuple[int, ...] = ()  # layers whose hidden states it reads
+  rule = "exact"  # of rules.RULES: how its drafts are accepted
   # Of drafters with weights: what they are made of, and the weights.
   Options: type | None = None
   Module: type | None = None
@@ -83,6 +87,11 @@ class Drafter:
   @property
   def longest(self) -> int:
     """A: nodes of the longest path, root included."""
+    raise NotImplementedError
+
+  def distribution(self, state: Any) -> jax.Array:
+    """[B, A - 1, V] probabilities that the nodes of each depth of its last
+    draft were drawn from, siblings without replacement: see `accept`."""
     raise NotImplementedError
 
   def init(self, params: Params, batch: int, slots: int) -> Any:
@@ -109,6 +118,7 @@ class TreeDrafter(Drafter):
   tree: TreeSpec = TreeSpec()
   length: int = 0
   num_streams: int = 0
+  rule: str = "exact"
 
   def resolved(self, config: ModelConfig, tree: TreeSpec, length: int, **more):
     """Itself, with what was open and the streams that the target needs."""
@@ -180,6 +190,19 @@ def check_length(drafter: Drafter, trained: int) -> int:
       f"draft_length={length}: {drafter.name} was trained for {trained}"
     )
   return length
+
+
+def check_rule(drafter: Drafter):
+  """Raises: UserError for a rule that is unknown or needs drafts that this
+  drafter does not draw."""
+  if drafter.rule not in RULES:
+    raise UserError(f"accept={drafter.rule}: use one of {', '.join(RULES)}")
+  draws = type(drafter).distribution is not Drafter.distribution
+  if drafter.rule == "rejection" and not draws:
+    raise UserError(
+      f"accept=rejection needs drafts that are drawn at random, and "
+      f"{drafter.name} takes the most probable: use exact"
+    )
 
 
 def check_own(drafter: Drafter, own: Any):

@@ -13,12 +13,10 @@ hV for its weights.
 Medusa-1 is `train.trainable=drafter`: the target is frozen. Medusa-2 is
 `train.trainable=adapters` with LoRA in shared mode and options.weight=0.2,
 started from a Medusa-1 run (`train.init_from`): the paper's warm-up of the
-heads. Its typical acceptance is not lossless, and the heads are used here with
-the loop's own rule. The paper's static tree is `--tree=FILE.json`, with the
-paths that `launch/calibrate.py` found; otherwise trees are drawn up from the
-heads as from streams.
-
-Letters: B batch row, R rows, J heads, D width, V vocabulary.
+heads. Its typical acceptance is not lossless: here it is `--accept=typical`,
+and the loop's own rule holds without. The paper's static tree is
+`--tree=FILE.json`, with the paths that `launch/calibrate.py` found; otherwise
+trees are drawn up from the heads as from streams.
 """
 
 import dataclasses

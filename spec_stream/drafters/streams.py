@@ -8,9 +8,16 @@ stream rows in lossless mode.
 With `model.streams.correction_rank` R, a step beyond the paper, a drafted token
 adds a term of rank R to the logits of its children, R (D + V) parameters, and
 the tree grows level by level.
+
+Under the rule "rejection" the candidates are not the most probable but drawn
+from the streams' distributions at the request's own temperature and filters,
+without replacement: the k largest of logits and Gumbel noise.
 """
 
 import dataclasses
+
+import jax
+import jax.numpy as jnp
 
 from spec_stream.drafters import grow
 from spec_stream.drafters.base import Accepted, Drafter, Params
@@ -18,12 +25,14 @@ from spec_stream.errors import UserError
 from spec_stream.models.config import ModelConfig
 from spec_stream.models.prune import Prune
 from spec_stream.models.transformer import Transformer
-from spec_stream.tree import TokenTree, TreeSpec
+from spec_stream.sampling import filtered, next_positions, noise
+from spec_stream.tree import TokenTree, TreeSpec, check_ranks, from_paths, top
 
 
 @dataclasses.dataclass(frozen=True)
 class StreamDraft(Drafter):
-  """tree: its kind and size; num_streams: J' <= J, 0 for all that were trained.
+  """tree: its kind and size; num_streams: J' <= J, 0 for all that were trained;
+  rule: of `accept`.
 
   Fewer streams draft less deep and cost less. Not open to models whose main
   stream attends to its streams.
@@ -32,6 +41,7 @@ class StreamDraft(Drafter):
   tree: TreeSpec = TreeSpec()
   prune: Prune = Prune()
   num_streams: int = 0
+  rule: str = "exact"
 
   name = "streams"
 
@@ -71,6 +81,18 @@ class StreamDraft(Drafter):
       raise UserError(
         "this model has no pruner: train with model.streams.prune_rank above 0"
       )
+    if self.rule == "rejection":
+      if not tree.paths and tree.num_nodes > 1:
+        raise UserError(
+          f"accept=rejection: the shape of a {tree.kind} tree depends on what "
+          "was drawn: use --tree=chain, cartesian or a file of paths"
+        )
+      if self.prune or grows:
+        raise UserError(
+          "accept=rejection goes with neither pruning nor "
+          "model.streams.correction_rank"
+        )
+      check_ranks(tree.paths)
     return dataclasses.replace(self, tree=tree, num_streams=num_streams)
 
   @property
@@ -81,13 +103,39 @@ class StreamDraft(Drafter):
   def longest(self) -> int:
     return self.tree.reach(self.num_streams)
 
+  def init(self, params: Params, batch: int, slots: int):
+    if self.rule != "rejection":
+      return None
+    vocab = params.target.config.vocab_size
+    return jnp.zeros((batch, self.longest - 1, vocab), jnp.float32)
+
+  def distribution(self, state) -> jax.Array:
+    return state
+
   def propose(self, params: Params, state, accepted: Accepted):
     streams = accepted.streams[:, : max(self.longest - 1, 1)]
     target = params.target
     logits = target.logits(streams)
+    if self.rule == "rejection" and self.num_nodes > 1:
+      return self._drawn(logits, accepted)
     if target.config.streams.correction_rank:
       return self._grown(target, accepted.root, logits), state
     return self.tree.build(accepted.root, logits), state
+
+  def _drawn(self, logits, accepted: Accepted):
+    """A tree of draws, and the probabilities [B, A - 1, V] they are from."""
+    sampling = accepted.sampling
+    logits = filtered(logits, sampling)
+    levels = next_positions(accepted.position, logits.shape[1])
+    gumbel = noise(sampling.seed, levels, logits.shape[2], "draft")
+    warm = sampling.temperature[:, None, None] > 0
+    _, tokens = top(jnp.where(warm, logits + gumbel, logits), self.tree.width)
+    log_probs = jax.nn.log_softmax(logits, -1)
+    chosen = jnp.take_along_axis(log_probs, tokens, 2)
+    # A filter may leave fewer than the tree has room for.
+    tokens = jnp.where(jnp.isfinite(chosen), tokens, -1)
+    tree = from_paths(accepted.root, chosen, tokens, self.tree.paths)
+    return tree, jnp.exp(log_probs.astype(jnp.float32))
 
   def _grown(self, target: Transformer, root, logits) -> TokenTree:
     """Stream j's logits [B, J, V] with what the token before it adds."""

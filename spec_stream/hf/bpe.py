@@ -56,7 +56,7 @@ class Bpe:
       raise UserError("its vocabulary is empty")
     extra = core.get_added_tokens_decoder()
     self.special = {i for i, token in extra.items() if token.special}
-    to_bytes = _level_bytes if level else token_bytes
+    to_bytes = level_bytes if level else token_bytes
     how = {} if level else {"space": space, "fallback": fallback}
     self.table = {i: to_bytes(t, **how) for t, i in self.vocab.items()}
     self.table |= {i: token.content.encode() for i, token in extra.items()}
@@ -132,7 +132,8 @@ def _level_letters() -> dict[str, int]:
 _LEVEL = _level_letters()
 
 
-def _level_bytes(token: str) -> bytes:
+def level_bytes(token: str) -> bytes:
+  """The bytes of a token that is written in GPT-2's letters."""
   try:
     return bytes([_LEVEL[letter] for letter in token])
   except KeyError:

@@ -159,6 +159,7 @@ def describe(config: ModelConfig, prefer: str = "") -> tuple[str, dict]:
     drafter=DrafterConfig(),
     dtype="float32",
     param_dtype="float32",
+    known_tokens=0,
   )
   near = collections.Counter()
   for model_type in sorted(BY_TYPE, key=lambda x: x != prefer):

@@ -112,7 +112,7 @@ class HFTokenizer:
     needed = (*cores, *_SETTINGS, *_TEMPLATES)
     self._files = {n: data for n, data in files.items() if n in needed}
     generation = _json(files, "generation_config.json")
-    rest = {k: v for k, v in declared.items() if v and k not in generation}
+    rest = {k: v for k, v in declared.items() if v and not generation.get(k)}
     if rest:
       merged = json.dumps(generation | rest, indent=2) + "\n"
       self._files["generation_config.json"] = merged.encode()
@@ -141,13 +141,16 @@ class HFTokenizer:
     Special tokens are left out, as are ids behind the vocabulary, which the
     padded embedding of a model has. Half a character gives U+FFFD.
     """
-    table = self._core.table
-    data = b"".join([table.get(int(i), b"") for i in ids])
+    data = b"".join([self.token_bytes(int(i)) for i in ids])
     if self._core.strip is None:
       data = data.lstrip(b" ")
     for _ in range(self._core.strip or 0):
       data = data.removeprefix(b" ")
     return data.decode("utf-8", "replace")
+
+  def token_bytes(self, token: int) -> bytes:
+    """What a token adds to a text; nothing for special and unknown ones."""
+    return self._core.table.get(token, b"")
 
   def encode_completion(self, text: str) -> list[int]:
     """Ids of what follows a prompt: no space is put before it."""

@@ -151,6 +151,8 @@ class ModelConfig:
   attention_scale: of the scores; 0 for head_dim^-0.5. *_softcap: scores or
     logits x become c tanh(x / c); 0 for none.
   embed_scale: what token embeddings are multiplied by.
+  known_tokens: those that the tokenizer has, 0 for all. Checkpoints pad their
+    vocabulary, and what is behind is never drawn; set where a model is loaded.
   quantize: "int8" or "int4" stores the kernels of the blocks so, see `quant`:
     a frozen base, to be trained with adapters; "" as param_dtype says.
   """
@@ -190,6 +192,7 @@ class ModelConfig:
   tie_embeddings: bool = True
   dtype: str = "float32"
   param_dtype: str = "float32"
+  known_tokens: int = 0
   quantize: str = ""
   streams: StreamConfig = StreamConfig()
   drafter: DrafterConfig = DrafterConfig()
@@ -201,6 +204,11 @@ class ModelConfig:
     ).split():
       if getattr(self, name) < 1:
         raise UserError(f"model.{name} must be 1 or more")
+    if not 0 <= self.known_tokens <= self.vocab_size:
+      raise UserError(
+        f"model.known_tokens={self.known_tokens} must lie between 0 (all) and "
+        f"model.vocab_size={self.vocab_size}"
+      )
     if self.num_heads % self.num_kv_heads:
       raise UserError(
         f"model.num_heads={self.num_heads} must be a multiple of "
@@ -277,6 +285,7 @@ def to_dict(config: ModelConfig) -> dict:
   }
   values = dataclasses.asdict(config, dict_factory=lists)
   values["drafter"]["options"] = dict(config.drafter.options)
+  del values["known_tokens"]  # its tokenizer says
   return values
 
 

@@ -108,7 +108,12 @@ class Transformer(nnx.Module):
         logits = self.embed.decode(hidden)
       else:
         logits = self.head(hidden, dtype=wide(hidden.dtype))
-      return softcap(logits, self.config.logit_softcap)
+      logits = softcap(logits, self.config.logit_softcap)
+      if known := self.config.known_tokens:
+        # A finite number, so that a probability of 0 times it is 0.
+        padding = jnp.arange(logits.shape[-1]) >= known
+        logits = jnp.where(padding, _NEVER, logits)
+      return logits
 
   def early_logits(self, early: jax.Array) -> jax.Array:
     """Early exit of the pruner: hidden at layer L-N_s [B, R, D] -> logits."""
@@ -117,6 +122,9 @@ class Transformer(nnx.Module):
         "this model has no pruner: train with model.streams.prune_rank above 0"
       )
     return self.logits(self.final_norm(self.pruner(early)))
+
+
+_NEVER = -1e9  # logit of a token that does not exist
 
 
 @flax.struct.dataclass

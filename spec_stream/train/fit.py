@@ -74,8 +74,9 @@ def fit(
   )
   with contextlib.ExitStack() as stack:
     stack.callback(getattr(source, "close", lambda: None))
-    saver = stack.enter_context(Saver(workdir, train.keep))
+    saver = stack.enter_context(Saver(workdir, train.keep, tokenizer.hash()))
     if last:
+      checkpoints.check_tokenizer(workdir, last, tokenizer)
       state = _restore(saver, last, state, source)
       print(f"resuming {workdir} from its checkpoint of step {last}")
     _announce(model, state, mesh)

@@ -97,7 +97,7 @@ def load_base(
   theirs = run.model.config
   for field in dataclasses.fields(ModelConfig):
     old, new = getattr(theirs, field.name), getattr(model, field.name)
-    free = ("streams", "drafter", "dtype", "param_dtype", "quantize")
+    free = "streams drafter dtype param_dtype quantize known_tokens".split()
     if field.name not in free and old != new:
       raise UserError(
         f"train.init_from={workdir} has model.{field.name}={old}, here it is "
