@@ -50,7 +50,11 @@ def test_sentences_are_lines():
 # -- decoding many -----------------------------------------------------------
 
 
-def test_many_prompts_keep_their_order():
+@pytest.mark.parametrize(
+  "rounds, expected", [(1, [(2, 5), (4, 5), (5, 5)]), (4, [(5, 5)])]
+)
+def test_many_prompts_keep_their_order(monkeypatch, rounds, expected):
+  monkeypatch.setattr(evaluate, "ROUND", rounds)  # prompts a row
   model = make_model(MODEL)
   prompts = [[5] * n for n in (9, 2, 7, 3, 5)]
   seen = []
@@ -63,7 +67,7 @@ def test_many_prompts_keep_their_order():
     end_token=3,
     on_batch=lambda done, total: seen.append((done, total)),
   )
-  assert seen == [(2, 5), (4, 5), (5, 5)]
+  assert seen == expected
   alone = [
     generate(model, [p, p], NoDraft(), max_new_tokens=6, end_token=3)[0]
     for p in prompts

@@ -155,8 +155,10 @@ def test_padding_of_the_vocabulary_is_never_drawn(x64):
 
 def test_a_model_knows_the_tokens_of_its_tokenizer():
   class Words:
-    vocab_size = 9
+    vocab_size, eos_ids = 9, ()
 
   assert checkpoints._with_known(CONFIG, Words).known_tokens == 9
+  Words.eos_ids = (9,)  # an end that only a config file knows
+  assert checkpoints._with_known(CONFIG, Words).known_tokens == 10
   Words.vocab_size = VOCAB
   assert checkpoints._with_known(CONFIG, Words).known_tokens == 0
