@@ -199,7 +199,8 @@ def make_all(drafters: list[str], tree_nodes: list[str]) -> tuple[list, dict]:
       "4,8,16"
     ) from None
   nodes = list(dict.fromkeys(nodes)) or [0]
-  _check_used(asked)
+  if drafters:  # or those of the run, which is not read yet
+    _check_used(asked)
   return [make(name, n) for name in asked for n in nodes], asked
 
 

@@ -6,6 +6,7 @@ said once above it. Columns that no row has are left out.
 
 from spec_stream.charts import count, escape, percent, ratio, significant
 from spec_stream.results import headline
+from spec_stream.rules import LOSSY
 
 # Setting -> its name on the page. Above the table, or a column if rows differ.
 SETTINGS = {
@@ -146,7 +147,7 @@ def _side(name):
 
 
 def _caveat(row):
-  lossy = row.get("lossless") is False
+  lossy = row.get("accept") in LOSSY
   return " <small>(not lossless)</small>" if lossy else ""
 
 
