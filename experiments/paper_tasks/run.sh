@@ -17,17 +17,20 @@ python=${PYTHON:-python}
 declare -A folder=([text_corpus]=english_novels [e2e_nlg]=e2e_nlg
   [dialogsum]=dialogsum [sql_create_context]=sql_create_context_rederived)
 declare -A steps=([e2e_nlg]=500 [dialogsum]=300 [sql_create_context]=600)
+declare -A lossless_steps=([e2e_nlg]=500 [dialogsum]=300
+  [sql_create_context]=500)
 
 train() {  # TASK RUN FLAGS...
   "$python" launch/train.py --config="configs/paper_tasks.py:$1" \
     --config.data.manual_dir="$data/${folder[$1]}" \
     --config.data.data_dir="$work/data" --workdir="$work/$2" "${@:3}"
 }
-lossless() {  # RUN FLAGS...; streams through all four layers, 500 steps
+lossless() {  # RUN FLAGS...; streams through all four layers
   train "$task" "$task/$1" --config.train.init_from="$work/$task/next" \
     --config.train.trainable=adapters --config.model.streams.mode=lossless \
     --config.model.streams.num_stream_layers=4 \
-    --config.model.streams.lora_rank=32 --config.train.steps=500 \
+    --config.model.streams.lora_rank=32 \
+    --config.train.steps="${lossless_steps[$task]}" \
     --config.train.stream_weight=1.0 --config.train.target=main "${@:2}"
 }
 bench() {  # RUN
