@@ -90,17 +90,7 @@ def typical(
   deepest = jnp.max(jnp.where(alive, tree.depth, -1), 1, keepdims=True)
   best = alive & (tree.depth == deepest)
   last = jnp.argmax(jnp.where(best, path_score, -jnp.inf), 1)
-  path, size = path_to(tree, last, longest), _take(tree.depth, last)
-  drafted = jnp.take_along_axis(tree.tokens, path, 1)
-  drafted = jnp.roll(drafted, -1, 1)  # the root is not emitted anew
-  order = jnp.arange(longest)
-  return Acceptance(
-    path=path,
-    accepted_len=size,
-    tokens=jnp.where(
-      order < size[:, None], drafted, _take(draws, last)[:, None]
-    ),
-  )
+  return _ending(tree, last, _take(draws, last), longest)
 
 
 def rejection(
@@ -151,17 +141,9 @@ def rejection(
     alive &= chosen != node
     node = chosen.astype(jnp.int32)
   rest = jnp.where(alive[:, None], _take(probs, node), rest)
-  size = _take(tree.depth, node)
-  scores = jnp.log(rest) + _take(gumbel, size)
-  path = path_to(tree, node, longest)
-  drafted = jnp.roll(jnp.take_along_axis(tree.tokens, path, 1), -1, 1)
-  order = jnp.arange(longest)
+  scores = jnp.log(rest) + _take(gumbel, _take(tree.depth, node))
   bonus = jnp.argmax(scores, -1).astype(jnp.int32)
-  return Acceptance(
-    path=path,
-    accepted_len=size,
-    tokens=jnp.where(order < size[:, None], drafted, bonus[:, None]),
-  )
+  return _ending(tree, node, bonus, longest)
 
 
 def acceptance(target: jax.Array, draft: jax.Array, token: jax.Array):
@@ -185,6 +167,21 @@ def without(draft: jax.Array, token: jax.Array) -> jax.Array:
   rest = jnp.where(ids == token[:, None], 0, draft)
   total = rest.sum(-1, keepdims=True)
   return rest / jnp.where(total > 0, total, 1)
+
+
+def _ending(
+  tree: TokenTree, last: jax.Array, bonus: jax.Array, longest: int
+) -> Acceptance:
+  """The path that ends at the node `last` [B], its own tokens and `bonus`."""
+  path, size = path_to(tree, last, longest), _take(tree.depth, last)
+  drafted = jnp.take_along_axis(tree.tokens, path, 1)
+  drafted = jnp.roll(drafted, -1, 1)  # the root is not emitted anew
+  order = jnp.arange(longest)
+  return Acceptance(
+    path=path,
+    accepted_len=size,
+    tokens=jnp.where(order < size[:, None], drafted, bonus[:, None]),
+  )
 
 
 def _reached(tree: TokenTree, match: jax.Array, longest: int) -> jax.Array:

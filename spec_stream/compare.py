@@ -21,6 +21,7 @@ from spec_stream.drafters.none import NoDraft
 from spec_stream.drafters.streams import StreamDraft
 from spec_stream.errors import UserError
 from spec_stream.hf import config as hf_config
+from spec_stream.models.config import FREE
 from spec_stream.rules import LOSSY
 from spec_stream.task import Prompt, device_words
 
@@ -28,8 +29,6 @@ from spec_stream.task import Prompt, device_words
 _SEEN = (
   "dataset manual_dir seq_len stream_positions batch_size packing too_long seed"
 ).split()
-# Of the model.
-_FREE = "streams drafter dtype param_dtype quantize known_tokens".split()
 _SCORES = {
   "exact_match": "exact match",
   "rouge1": "ROUGE-1",
@@ -109,7 +108,7 @@ def differences(entries: Sequence[Entry]) -> list[str]:
     for a, b in itertools.combinations(trained, 2)
     if a not in _began_with(b, entries) and b not in _began_with(a, entries)
   ]
-  names = sorted({n for e in trained for n in e.config["model"]} - {*_FREE})
+  names = sorted({n for e in trained for n in e.config["model"]} - {*FREE})
   said = []
   for name, value in [
     ("steps", lambda e: e.without_weights.step),

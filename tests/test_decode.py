@@ -10,6 +10,7 @@ import reference
 from flax import nnx
 from random_models import (
   CASES,
+  MODES,
   VOCAB,
   in_short,
   random_model,
@@ -32,7 +33,7 @@ close = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9)
 # -- the cache ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", in_short(CASES))
+@pytest.mark.parametrize("name", in_short(CASES, MODES))
 def test_cache_after_steps_is_that_of_a_fresh_prefill(x64, name):
   """After each step, of the tokens committed so far."""
   config, drafter = CASES[name]
@@ -78,7 +79,7 @@ def teacher_forced(graphdef, state, batch):
 
 @pytest.mark.parametrize(
   "name",
-  in_short(["shared, main attends", "shared, first version", "lossless"]),
+  in_short(["shared, first version", *MODES], MODES),
 )
 def test_acceptance_is_that_under_teacher_forcing(x64, name):
   """A chain accepts as long as the streams' argmax is the text's next token."""

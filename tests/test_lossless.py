@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import (
   CASES,
+  MODES,
   MOST,
   VOCAB,
   as_float32,
@@ -81,7 +82,7 @@ def test_tokens_are_those_of_plain_decoding(x64, name):
   assert sum(accepted) > 0  # or nothing was tested
 
 
-@pytest.mark.parametrize("name", in_short(["shared, main attends", "lossless"]))
+@pytest.mark.parametrize("name", in_short(MODES))
 def test_greedy_program_and_streaming(x64, name):
   config, drafter = CASES[name]
   for seed in range(4):
@@ -116,7 +117,7 @@ def test_a_row_in_a_batch_gives_what_it_gives_alone(x64, name):
       assert alone == expected
 
 
-@pytest.mark.parametrize("name", in_short(["shared, main attends", "lossless"]))
+@pytest.mark.parametrize("name", in_short(MODES))
 def test_float32_differs_in_ties_alone(name):
   config, drafter = CASES[name]
   config = as_float32(config)

@@ -11,6 +11,8 @@ _CHOICES = {
   "stream_position": ("future", "same"),
   "lora_layers": ("streams", "all"),
 }
+# Of ModelConfig: in these two models with the same base may differ.
+FREE = "streams drafter dtype param_dtype quantize known_tokens".split()
 ROPE_SCALINGS = ("none", "linear", "llama3", "longrope")
 
 

@@ -12,7 +12,7 @@ from spec_stream.hf import checkpoint as hf
 from spec_stream.hf import config as hf_config
 from spec_stream.models import config as model_config
 from spec_stream.models import transformer
-from spec_stream.models.config import ModelConfig
+from spec_stream.models.config import FREE, ModelConfig
 from spec_stream.train import state as states
 from spec_stream.train.config import TrainConfig
 
@@ -97,8 +97,7 @@ def load_base(
   theirs = run.model.config
   for field in dataclasses.fields(ModelConfig):
     old, new = getattr(theirs, field.name), getattr(model, field.name)
-    free = "streams drafter dtype param_dtype quantize known_tokens".split()
-    if field.name not in free and old != new:
+    if field.name not in FREE and old != new:
       raise UserError(
         f"train.init_from={workdir} has model.{field.name}={old}, here it is "
         f"{new}: the base models must be the same"
