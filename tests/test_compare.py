@@ -142,7 +142,7 @@ def test_a_speed_up_is_one_that_was_measured(folder, tmp_path):
   entry = dataclasses.replace(entry, directory=str(tmp_path))
   model = checkpoints.load_run(folder / "streams").model.config
   drafter = TREE.resolve(model)
-  row = ROW | {"tree_width": drafter.tree.width}
+  row = ROW | {"tree_width": drafter.tree.width, "accept": "exact"}
   about = {"step": 3, "dataset": "restaurants", "device": "cpu"}
   speed = lambda drafter=drafter: compare.speed(entry, about, drafter)
   assert speed() == {}
@@ -150,7 +150,8 @@ def test_a_speed_up_is_one_that_was_measured(folder, tmp_path):
   others = {
     "step": 2, "dataset": "e2e_nlg", "tree": "chain", "tree_nodes": 8,
     "temperature": 0.5, "method": "none", "kept_nodes": 2, "num_streams": 1,
-    "batch": 8, "device": "gpu",
+    "batch": 8, "device": "gpu", "accept": "typical",
+    "repetition_penalty": 1.3,
   }  # fmt: skip
   lines += [row | {name: x, "speedup": 9.0} for name, x in others.items()]
   path = tmp_path / "results.jsonl"
