@@ -40,7 +40,7 @@ def margins(model, tokens, draws, attach):
       (tokens[k], tokens[k]),
       draws,
       attach,
-    )
+    )[0]
     for k in range(len(tokens))
   ]
 
