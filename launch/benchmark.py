@@ -104,7 +104,28 @@ def main(argv):
     name = registry.default(run.model.config)
     drafters, asked = drafting.make_all([name], _TREE_NODES.value)
   own = rivals.load_all(asked, run, workdir)
+  automatic = drafting.is_automatic()
+  if automatic and source["checkpoint"]:
+    raise common.UserError(
+      "--tree=auto calibrates on a run's own task: a checkpoint has none"
+    )
+  if automatic and not flags.FLAGS["tree_nodes"].present:
+    drafters = []  # the automatic one alone
   methods = bench.plan(run.model.config, drafters, own)
+  costs = None
+  if automatic:
+    named = {name: own.get(name, (None, "")) for name in asked}
+    costs, best = drafting.automatic(run, workdir, named, settings)
+    print(f"--tree=auto: {best}", file=sys.stderr)
+    own_weights, place = named.get(best.drafter.name, (None, ""))
+    methods.append(
+      bench.Method(
+        f"auto ({best.drafter.name})",
+        best.drafter,
+        own=own_weights,
+        source=place,
+      )
+    )
   about, chosen = task.choose(
     run,
     _SPLIT.value,
@@ -126,6 +147,9 @@ def main(argv):
   words = [f"launch/{pathlib.Path(argv[0]).name}", *sys.argv[1:]]
   about["command"] = " ".join(words)
   rows = bench_rows.rows(run.model, prompts, results, settings, about)
+  if costs:
+    for row, result in zip(rows, results, strict=True):
+      row |= costs.fields(result.drafter)
   workdir.mkdir(parents=True, exist_ok=True)
   metrics.append_jsonl(workdir / "results.jsonl", rows)
   print(text_table.render(rows))

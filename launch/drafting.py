@@ -16,8 +16,10 @@ TREE = flags.DEFINE_string(
   "tree",
   "best_first",
   "Shape of the drafts: best_first, beam (redrafter's), cartesian (every node "
-  "has --tree_width children), chain, or FILE.json with a list of paths such "
-  "as [[0], [1], [0, 0]] (ranks among a stream's candidates).",
+  "has --tree_width children), chain, FILE.json with a list of paths such as "
+  "[[0], [1], [0, 0]] (ranks among a stream's candidates), or auto: the size "
+  "that is fastest on this device, by a model of costs that is measured once "
+  "and kept in --workdir; no draft where none pays.",
 )
 TREE_WIDTH = flags.DEFINE_integer(
   "tree_width",
@@ -158,6 +160,14 @@ def own(drafter: str, run, workdir: str):
   return rivals.load_all({name: directory}, run, workdir).get(name, (None,))[0]
 
 
+def place(drafter: str, run, workdir: str) -> str:
+  """The directory that the drafter's own weights are from; "": the run's."""
+  from spec_stream import rivals
+
+  name, directory = split(drafter)
+  return rivals.find(name, directory, run, workdir)
+
+
 def make(drafter: str, tree_nodes: int = 0):
   """The drafter of the flags; it is checked against a model when used."""
   from spec_stream.models.prune import Prune
@@ -167,8 +177,12 @@ def make(drafter: str, tree_nodes: int = 0):
   kind, paths = TREE.value, ()
   if kind.endswith(".json"):
     kind, paths = "paths", _read_paths(kind)
-  if name == "redrafter" and not flags.FLAGS["tree"].present:
+  if name == "redrafter" and (
+    kind == "auto" or not flags.FLAGS["tree"].present
+  ):
     kind = "beam"
+  elif kind == "auto":  # of the sizes beside the automatic one
+    kind = "best_first"
   if ACCEPT.value == "rejection" and not flags.FLAGS["tree"].present:
     kind = "chain"
   drafter = registry.get(name).of(
@@ -202,6 +216,35 @@ def make_all(drafters: list[str], tree_nodes: list[str]) -> tuple[list, dict]:
   if drafters:  # or those of the run, which is not read yet
     _check_used(asked)
   return [make(name, n) for name in asked for n in nodes], asked
+
+
+def is_automatic() -> bool:
+  """Whether --tree=auto. Raises: UserError for flags that it leaves no room."""
+  if TREE.value != "auto":
+    return False
+  for flag in ("tree_width", "draft_length", "kept_nodes", "prune_threshold"):
+    if flags.FLAGS[flag].present:
+      raise UserError(f"--tree=auto chooses the tree: leave --{flag} out")
+  return True
+
+
+def automatic(run, directory: str, drafters: dict, settings):
+  """-> (the model of costs, what it predicts to be the fastest drafter).
+
+  Args:
+    run: the target.
+    directory: where the model of costs is kept.
+    drafters: {name: (own weights or None, where they are from)}.
+    settings: `bench.Settings` of what is to be decoded.
+  """
+  from spec_stream import auto
+  from spec_stream.drafters.none import NoDraft
+  from spec_stream.progress import Progress
+
+  costs, known = auto.of_run(
+    run, directory, drafters, settings, ACCEPT.value, Progress
+  )
+  return costs, costs.best(known, NoDraft().resolve(run.model.config))
 
 
 def _check_used(names):

@@ -44,6 +44,10 @@ flags.mark_flag_as_required("workdir")
 
 def main(argv):
   del argv
+  if drafting.TREE.value == "auto":
+    raise common.UserError(
+      "--tree=auto is of generate.py and benchmark.py: name a tree here"
+    )
   if _AGAINST.value:
     return _compare()
   from spec_stream import bench_rows, checkpoints, evaluate, task

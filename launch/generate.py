@@ -76,6 +76,12 @@ def main(argv):
 
   drafting.make(_DRAFTER.value or "streams", _TREE_NODES.value)  # checks first
   settings, source = _sampling(), _checkpoint(alone=True)
+  automatic = drafting.is_automatic()
+  if automatic and (source["checkpoint"] or _TREE_NODES.value):
+    raise common.UserError(
+      "--tree=auto goes with --workdir, where it keeps what it measures, and "
+      "without --tree_nodes"
+    )
   found = requests.read(
     _PROMPT.value,
     _TOKEN_IDS.value,
@@ -85,13 +91,21 @@ def main(argv):
   )
   if _JSON.value and _SHOW_STEPS.value:
     raise common.UserError("--show_steps colours text: leave it or --json out")
-  model, tokenizer = requests.load(found, drafting.WORKDIR.value, **source)
+  if automatic:  # which decodes prompts of the run's own task
+    run = checkpoints.load_run(drafting.WORKDIR.value)
+    model, tokenizer = run.model, run.tokenizer
+  else:
+    model, tokenizer = requests.load(found, drafting.WORKDIR.value, **source)
+    run = checkpoints.Run(model, tokenizer, {}, 0)
   name = _DRAFTER.value or registry.default(model.config)
   if not _DRAFTER.value and _TREE_NODES.value and name == "none":
     name = "streams"  # and then it says that there are none
-  drafter = drafting.make(name, _TREE_NODES.value)
-  run = checkpoints.Run(model, tokenizer, {}, 0)
-  settings["own"] = drafting.own(name, run, drafting.WORKDIR.value or "")
+  own = drafting.own(name, run, drafting.WORKDIR.value or "")
+  if automatic:
+    drafter = _automatic(run, name, own, settings, len(found))
+  else:
+    drafter = drafting.make(name, _TREE_NODES.value)
+  settings["own"] = own
   settings["max_new_tokens"] = drafting.MAX_NEW_TOKENS.value
   settings["stop"] = _STOP.value
   settings["end_token"] = -1 if tokenizer is None else tokenizer.eos_ids
@@ -106,6 +120,22 @@ def main(argv):
     if len(found) > 1:
       print(f"{'' if i == 0 else chr(10)}== {request.words()}")
     _show(model, tokenizer, request, drafter, settings, colours)
+
+
+def _automatic(run, name, own, settings, count):
+  """The drafter that --tree=auto chooses for `count` requests."""
+  from spec_stream import bench
+
+  asked = bench.Settings(
+    batch=min(_BATCH.value, count) if _JSON.value else 1,
+    max_new_tokens=drafting.MAX_NEW_TOKENS.value,
+    **settings,
+  )
+  directory = drafting.WORKDIR.value
+  named = {name: (own, drafting.place(name, run, directory))}
+  costs, best = drafting.automatic(run, directory, named, asked)
+  print(f"--tree=auto: {best}", file=sys.stderr)
+  return best.drafter
 
 
 def _show(model, tokenizer, request, drafter, settings, colours):

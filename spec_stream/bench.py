@@ -156,6 +156,7 @@ def measure(
   settings: Settings,
   on_warm_up: Callable[[int, int], None] = lambda done, total: None,
   on_batch: Callable[[int, int], None] = lambda done, total: None,
+  time_drafts: bool = True,
 ) -> list[Measured]:
   """Runs every method over all prompts; see the rules above.
 
@@ -166,6 +167,7 @@ def measure(
     settings: alike for all.
     on_warm_up, on_batch: called with (pieces done, pieces in all), outside the
       timed regions.
+    time_drafts: whether drafts are timed apart as well.
 
   Raises:
     UserError: a prompt appears twice or does not fit, a drafter does not fit.
@@ -222,7 +224,7 @@ def measure(
         done += 1
         on_batch(done, total)
   for decoder, result in zip(decoders, results):
-    if decoder.drafter.num_nodes > 1:
+    if time_drafts and decoder.drafter.num_nodes > 1:
       state = decoder.start(prompts[shapes[0]], **settings.options(0))
       result.draft_seconds = decoder.time_draft(state)
   return results

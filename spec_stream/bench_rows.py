@@ -53,7 +53,7 @@ def rows(
   out = []
   for result in results:
     method = result.method
-    step = _step_ms(result)
+    step = step_ms(result)
     draft = 1e3 * result.draft_seconds or None
     base = by_name.get(method.times_against, fastest)
     row = _counts(result) | _times(result, base, fastest)
@@ -205,7 +205,7 @@ def _times(result: Measured, base: Measured, fastest: Measured) -> dict:
     (base.prefill_seconds + base.decode_seconds, _tokens(base)),
     (result.prefill_seconds + result.decode_seconds, _tokens(result)),
   )
-  step, plain = _step_ms(result), _step_ms(fastest)
+  step, plain = step_ms(result), step_ms(fastest)
   batches = len(result.prefill_seconds)
   return {
     "ms_per_token": _ms_per_token(result),
@@ -260,7 +260,7 @@ def _ms_per_token(result: Measured) -> float | None:
   return float(1e3 * result.decode_seconds.sum() / tokens) if tokens else None
 
 
-def _step_ms(result: Measured) -> float | None:
+def step_ms(result: Measured) -> float | None:
   """Of one pass of the loop; a batch runs until its last row is done."""
   steps, size = [g.target_calls - 1 for g in result.generations], result.batch
   passes = sum(max(steps[i : i + size]) for i in range(0, len(steps), size))

@@ -368,11 +368,11 @@ def stream(
     first, last = int(before.num_tokens[0]), int(state.num_tokens[0])
     accepts = np.asarray(state.accepts[0] - before.accepts[0]).sum()
     drawn = np.asarray(state.tokens[0, first : first + accepts])
-    path = _path(tree, drawn[: accepts - 1])
+    path = path_of(tree, drawn[: accepts - 1])
     yield Step(state.tokens[0, first:last].tolist(), tree, path)
 
 
-def _path(tree: TokenTree, tokens) -> list[int]:
+def path_of(tree: TokenTree, tokens) -> list[int]:
   """Nodes of `tree` ([M] arrays) that spell `tokens` below the root. Siblings
   may be alike: then it is one that leads on."""
   reached = [[0]]

@@ -9,7 +9,8 @@ _NUMBERS = (
   "tree_nodes prompts tokens target_calls tokens_per_call ms_per_token "
   "ms_to_first_token tokens_per_second speedup speedup_low speedup_high "
   "speedup_request identical extra_params compile_seconds recompiles step_ms "
-  "step_cost max_tie_margin noise_low noise_high"
+  "step_cost max_tie_margin noise_low noise_high predicted_speedup "
+  "predicted_tokens_per_call predicted_step_cost"
 ).split()
 _LISTS = ("tokens_per_call_by_position", "accept_by_depth")
 

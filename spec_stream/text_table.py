@@ -26,6 +26,7 @@ COLUMNS = {
   "ms to first": _number("ms_to_first_token", "{:.3g}"),
   "tokens/s": _number("tokens_per_second", "{:,.0f}"),
   "speed-up": _speedup,
+  "predicted": _number("predicted_speedup", "{:.2f}"),
   "request": _number("speedup_request", "{:.2f}"),
   "identical": _number("identical", "{:.1%}"),
   "margin": _number("max_tie_margin", "{:.0e}"),

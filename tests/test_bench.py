@@ -251,7 +251,7 @@ def test_a_batch_runs_until_its_last_row_is_done():
   generations = [stub([5] * 4, [1, 1, 1, 1]), stub([5] * 4, [1, 3])]
   result = made_up("none", NoDraft(), [0.6], generations)
   result.batch, result.repeats = 2, 2
-  assert bench_rows._step_ms(result) == pytest.approx(600 / (3 * 2))
+  assert bench_rows.step_ms(result) == pytest.approx(600 / (3 * 2))
   assert bench_rows._ms_per_token(result) == pytest.approx(600 / (6 * 2))
 
 

@@ -4,7 +4,6 @@ Random models, trees, modes, prompts, lengths, limits, seeds, temperatures: in
 float64 without a single difference; in float32 with none but ties.
 """
 
-import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -26,7 +25,6 @@ from spec_stream import weights
 from spec_stream.decode import Decoder, collect, generate, stream
 from spec_stream.drafters.none import NoDraft
 from spec_stream.drafters.streams import StreamDraft
-from spec_stream.models.config import ModelConfig, StreamConfig
 from spec_stream.tree import TreeSpec
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -180,48 +178,6 @@ def test_stop_sequences_inside_a_path(x64):
           assert x.token_ids == whole[: min(ends, default=MOST)]
           cut += len(x.token_ids) < MOST
   assert cut > 10
-
-
-@pytest.mark.slow
-def test_many_random_cases(x64):
-  """Shapes vary too: hundreds of programs, minutes of compiling."""
-  rng = np.random.default_rng(0)
-  for seed in range(60):
-    # A compiled program holds memory maps, of which a process has 65,530.
-    jax.clear_caches()
-    lossless = bool(rng.integers(2))
-    kv_heads, layers = int(rng.integers(1, 3)), int(rng.integers(1, 4))
-    streams = StreamConfig(
-      num_streams=int(rng.integers(1, 5)),
-      num_stream_layers=int(rng.integers(1, layers + 1)),
-      mode="lossless" if lossless else "shared",
-      main_attends_streams=bool(rng.integers(2)),
-      lora_rank=int(rng.integers(0, 3)),
-      stream_position=str(rng.choice(["future", "same"])),
-    )
-    config = ModelConfig(
-      vocab_size=int(rng.integers(5, 14)),
-      width=12,
-      num_layers=layers,
-      num_heads=2 * kv_heads,
-      num_kv_heads=kv_heads,
-      head_dim=4,
-      ffw_dim=16,
-      max_positions=64,
-      tie_embeddings=bool(rng.integers(2)),
-      dtype="float64",
-      param_dtype="float64",
-      streams=streams,
-    )
-    tree = TreeSpec("best_first", int(rng.integers(2, 6)))
-    batch = int(rng.integers(1, 5))
-    model = random_model(config, seed)
-    prompts, options = random_requests(seed, batch)
-    prompts = [[t % config.vocab_size for t in p] for p in prompts]
-    options |= {"end_token": -1, "stop": ()}
-    plain = generate(model, prompts, NoDraft(), **options)
-    fast = generate(model, prompts, StreamDraft(tree), **options)
-    assert [x.token_ids for x in plain] == [x.token_ids for x in fast], config
 
 
 def test_finish_is_start_and_steps(x64):

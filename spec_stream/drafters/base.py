@@ -64,6 +64,8 @@ class Drafter:
   prune = Prune()  # early-exit pruning of its trees
   taps: tuple[int, ...] = ()  # layers whose hidden states it reads
   rule = "exact"  # of rules.RULES: how its drafts are accepted
+  # Whether what it drafts at a depth is the same for any tree, see cost_model.
+  nested = False
   # Of drafters with weights: what they are made of, and the weights.
   Options: type | None = None
   Module: type | None = None

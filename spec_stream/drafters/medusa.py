@@ -96,6 +96,7 @@ class MedusaDraft(TreeDrafter):
   """tree: its kind and size; length: heads to draft with, 0 for all."""
 
   name = "medusa"
+  nested = True
   Options = Options
   Module = Medusa
 

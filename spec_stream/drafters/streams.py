@@ -44,6 +44,7 @@ class StreamDraft(Drafter):
   rule: str = "exact"
 
   name = "streams"
+  nested = True
 
   @classmethod
   def of(cls, tree, length, prune) -> "StreamDraft":
