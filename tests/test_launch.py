@@ -321,9 +321,16 @@ FIELDS = (
 ).split()
 
 
+# A model of costs with two sizes, measured in a moment.
+QUICK = """
+from spec_stream import auto
+auto.SIZES, auto.TIMED, auto.PROMPTS, auto._SECONDS = (2, 3), (2, 3), 3, 0
+"""
+
+
 @pytest.fixture(scope="module")
 def benchmarked(folder):
-  for name in ("asked", "lossy"):
+  for name in ("asked", "lossy", "auto"):
     shutil.copytree(folder / "run", folder / name)
   asked = ("red", "sport"), ("big old", "art"), ("new", "sport")
   lines = [
@@ -345,6 +352,15 @@ def benchmarked(folder):
         "",
       ),
       "--chat and --turns go with": ([*MEASURE, "--turns=2"], ""),
+      "auto": (
+        ["--workdir=auto", "--max_new_tokens=9", "--prompts=2", "--tree=auto"]
+        + ["--tree_nodes=3"],
+        QUICK,
+      ),
+      "leave --kept_nodes out": (
+        [*MEASURE, "--tree=auto", "--kept_nodes=2"],
+        "",
+      ),
       "--accept is not for plain decoding": (
         [*MEASURE, "--drafters=none", "--accept=typical"],
         "",
@@ -433,9 +449,24 @@ def test_benchmark_marks_what_is_not_lossless(folder, benchmarked):
   assert trace["lossless"] is False
 
 
+def test_benchmark_puts_what_was_predicted_beside(folder, benchmarked):
+  done = benchmarked["auto"]
+  assert done.code == 0, done
+  assert "predicted" in done.out.splitlines()[0]
+  assert "--tree=auto: " in done.err
+  lines = (folder / "auto" / "results.jsonl").read_text().splitlines()
+  *_, fixed, chosen = [json.loads(line) for line in lines]
+  assert (fixed["method"], fixed["tree_nodes"]) == ("streams", 3)
+  assert fixed["predicted_speedup"] > 0
+  assert fixed["predicted_tokens_per_call"] >= 1
+  assert chosen["method"] in ("auto (streams)", "auto (none)")
+  assert chosen["identical"] == 1
+  assert (folder / "auto" / "cost_model.json").exists()
+
+
 def test_benchmark_says_a_mistake_in_one_line(benchmarked):
   for says, done in benchmarked.items():
-    if says not in ("good", "wrong", "asked", "typical"):
+    if says not in ("good", "wrong", "asked", "typical", "auto"):
       one_line(done, says)
 
 
