@@ -1,11 +1,11 @@
 """Flags that all decoding launchers share, and what they stand for."""
 
 import dataclasses
-import json
 
 from absl import flags
 
 from common import UserError
+from spec_stream import json_text
 from spec_stream.drafters import registry
 from spec_stream.rules import RULES
 
@@ -268,7 +268,7 @@ def _read_paths(file: str):
 
   try:
     with open(file, encoding="utf-8") as stream:
-      paths = json.load(stream)
+      paths = json_text.parse(stream.read())
   except FileNotFoundError as e:
     raise UserError(f"--tree={file}: no such file") from e
   except ValueError as e:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from spec_stream import bench, bench_rows, task
+from spec_stream import bench, bench_rows, json_text, task
 from spec_stream.cost_model import (
   Acceptance,
   CostModel,
@@ -342,7 +342,7 @@ def _read(path: pathlib.Path) -> dict:
 
   arrays = lambda x: Acceptance(**{n: np.asarray(a) for n, a in x.items()})
   try:
-    found = json.loads(path.read_text())
+    found = json_text.parse(path.read_text())
     return {
       "acceptance": {
         about: {key(k): arrays(x) for k, x in each.items()}

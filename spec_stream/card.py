@@ -5,10 +5,16 @@ run's directory for the very checkpoint that is exported; what was not measured
 says so. Paths of the machine are not told.
 """
 
-import json
 import pathlib
 
-from spec_stream import evaluate, metrics, results, text_table, weights
+from spec_stream import (
+  evaluate,
+  json_text,
+  metrics,
+  results,
+  text_table,
+  weights,
+)
 from spec_stream.checkpoints import Run
 from spec_stream.errors import UserError
 from spec_stream.hf import config as hf_config
@@ -143,7 +149,7 @@ def _quality(run: Run, workdir: pathlib.Path) -> str:
   if not path.is_file():
     return "Quality was not measured."
   try:
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = json_text.parse(path.read_text(encoding="utf-8"))
     if found["step"] != run.step:
       return f"Quality was measured at step {found['step']} only."
     return (

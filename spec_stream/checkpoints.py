@@ -4,9 +4,10 @@
     <workdir>/tokenizer.json      or tokenizer/, files of a checkpoint's
     <workdir>/checkpoints/<step>/ weights, optimizer, data (the iterator), meta
     <workdir>/base/               weights that training does not move, if any
+    <workdir>/base.json           their digests
 
-`meta` is a manifest: the shape and dtype of each weight and the hash of the
-tokenizer, which must be those of the run that is loaded. A checkpoint is
+`meta` is a manifest (see `manifest`), which must be that of the run that is
+loaded and of the numbers that are read. A checkpoint is
 written beside its final name and renamed when complete, so a kill never leaves
 half of one. Weights are a flat dict by path (see `weights`): `load_run` reads
 them alone, onto whatever devices there are.
@@ -25,7 +26,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from spec_stream import sharding, weights
+from spec_stream import json_text, manifest, sharding, weights
 from spec_stream.errors import UserError
 from spec_stream.models import config as model_config
 from spec_stream.models.config import ModelConfig
@@ -71,7 +72,7 @@ def read_config(workdir) -> dict:
       f"{workdir} holds no config.json, so it is no run of launch/train.py"
     )
   try:
-    config = json.loads(path.read_text())
+    config = json_text.parse(path.read_text())
     if not isinstance(config, dict) or "model" not in config:
       raise ValueError("it has no model")
   except ValueError as e:
@@ -192,12 +193,12 @@ class Saver:
   with Saver(workdir, keep=2) as saver:
     saver.save(state, iterator)
 
-  tokenizer: its hash, for the manifest.
+  tokenizer, model: its hash, and the settings of `to_dict`, for the manifest.
   """
 
-  def __init__(self, workdir, keep: int, tokenizer: str = ""):
+  def __init__(self, workdir, keep: int, tokenizer: str = "", model=None):
     _silence()
-    self._tokenizer = tokenizer
+    self._about = {"tokenizer": tokenizer, "model": model}
     self._directory = _directory(workdir)
     self._manager = ocp.CheckpointManager(
       self._directory,
@@ -219,8 +220,10 @@ class Saver:
         meta=ocp.args.JsonSave(
           {
             "step": step,
-            "tokenizer": self._tokenizer,
-            "weights": _shapes(weights),
+            **self._about,
+            "weights": manifest.shapes(weights),
+            "digests": manifest.digests(weights),
+            "optimizer": manifest.digests(manifest.leaves(opt_state)),
           }
         ),
       ),
@@ -243,6 +246,10 @@ class Saver:
           meta=ocp.args.JsonRestore(),
         ),
       )
+    kept, where = restored.meta, str(self._directory / str(step))
+    opt_state = manifest.leaves(restored.optimizer)
+    manifest.check_digests(kept.get("digests"), restored.weights, where)
+    manifest.check_digests(kept.get("optimizer"), opt_state, where)
     return restored.weights, restored.optimizer
 
   def wait(self):
@@ -259,42 +266,14 @@ class Saver:
     self.close()
 
 
-def _shapes(weights: dict) -> dict:
-  return {path: [list(x.shape), str(x.dtype)] for path, x in weights.items()}
-
-
-def _manifest(workdir, step: int) -> dict:
+def read_manifest(workdir, step: int) -> dict:
   """What `meta` says; nothing where there is none: then orbax complains."""
   path = _directory(workdir) / str(step) / "meta" / "metadata"
   try:
-    found = json.loads(path.read_text())
+    found = json_text.parse(path.read_text())
   except (OSError, ValueError):
     return {}
   return found if isinstance(found, dict) else {}
-
-
-def _check_weights(workdir, step: int, target: dict):
-  """Raises: UserError if the manifest is of other weights than `target`."""
-  kept, wanted = _manifest(workdir, step).get("weights"), _shapes(target)
-  if kept is None or kept == wanted:
-    return
-  paths = sorted(p for p in {*kept, *wanted} if kept.get(p) != wanted.get(p))
-  tell = lambda x: "none" if x is None else f"{x[1]}{x[0]}"
-  raise UserError(
-    f"the checkpoint of step {step} in {workdir} is of another model than its "
-    f"config.json: {len(paths)} weights differ, such as {paths[0]}, saved "
-    f"{tell(kept.get(paths[0]))}, expected {tell(wanted.get(paths[0]))}"
-  )
-
-
-def check_tokenizer(workdir, step: int, tokenizer):
-  """Raises: UserError unless it is the tokenizer that the run trained with."""
-  kept = _manifest(workdir, step).get("tokenizer")
-  if kept and kept != tokenizer.hash():
-    raise UserError(
-      f"the tokenizer in {workdir} is not the one that its checkpoint of step "
-      f"{step} was trained with: put that one back"
-    )
 
 
 def abstract(config: ModelConfig, mesh: Mesh | None = None) -> dict:
@@ -316,12 +295,17 @@ def _base(workdir) -> pathlib.Path:
 
 def write_base(workdir, frozen: Weights):
   """Keeps what training does not move, once, beside the checkpoints."""
+  digests = _base(workdir).with_suffix(".json")
+  digests.unlink(missing_ok=True)
   if not frozen:  # nor may that of an abandoned run stay
     shutil.rmtree(_base(workdir), ignore_errors=True)
     return
   _silence()
   with ocp.StandardCheckpointer() as writer:
     writer.save(_base(workdir), frozen, force=True)
+  found = manifest.digests(frozen)
+  if jax.process_index() == 0:
+    digests.write_text(json.dumps(found) + "\n")
 
 
 def read_base(workdir, target: dict) -> Weights:
@@ -334,7 +318,16 @@ def read_base(workdir, target: dict) -> Weights:
   _silence()
   names = _names(_base(workdir))
   with _readable(_base(workdir)), ocp.StandardCheckpointer() as reader:
-    return reader.restore(_base(workdir), {p: target[p] for p in names})
+    found = reader.restore(_base(workdir), {p: target[p] for p in names})
+  manifest.check_digests(_base_digests(workdir), found, str(_base(workdir)))
+  return found
+
+
+def _base_digests(workdir) -> dict | None:
+  try:
+    return json_text.parse(_base(workdir).with_suffix(".json").read_text())
+  except (OSError, ValueError):  # of an earlier version, or torn
+    return None
 
 
 def _names(directory: pathlib.Path) -> list[str]:
@@ -360,12 +353,14 @@ def load_weights(workdir, config, step=None, mesh: Mesh | None = None):
   target = abstract(config, mesh)
   frozen = read_base(workdir, target)
   target = {path: x for path, x in target.items() if path not in frozen}
-  _check_weights(workdir, step, target)
-  _silence()
+  kept = read_manifest(workdir, step)
   directory = _directory(workdir) / str(step)
+  manifest.check_shapes(kept, target, str(directory))
+  _silence()
   with _readable(directory):
     with ocp.StandardCheckpointer() as reader:
       moved = reader.restore(directory / "weights", target)
+  manifest.check_digests(kept.get("digests"), moved, str(directory))
   return {**frozen, **moved}, step
 
 
@@ -406,7 +401,9 @@ def load_run(workdir, step: int | None = None, mesh: Mesh | None = None) -> Run:
   tokenizer = read_tokenizer(workdir, model.vocab_size)
   model = _with_known(model, tokenizer)
   values, step = load_weights(workdir, model, step, mesh)
-  check_tokenizer(workdir, step, tokenizer)
+  kept, where = read_manifest(workdir, step), f"{workdir}, step {step}"
+  manifest.check_tokenizer(kept, tokenizer, where)
+  manifest.check_model(kept, config["model"], where)
   return Run(weights.to_model(model, values), tokenizer, config, step)
 
 

@@ -11,6 +11,7 @@ import math
 import os
 import time
 
+from spec_stream import json_text
 from spec_stream.errors import UserError
 
 
@@ -28,12 +29,12 @@ def read_jsonl(path):
     if not line.strip():
       continue
     try:
-      record = json.loads(line, parse_constant=lambda _: None)
-    except json.JSONDecodeError as error:
+      record = json_text.parse(line, parse_constant=lambda _: None)
+    except ValueError as error:
       if number == len(lines):
         break
       raise UserError(
-        f"{path}, line {number}: not JSON ({error.msg}); mend or remove it"
+        f"{path}, line {number}: not JSON ({error}); mend or remove it"
       ) from error
     if not isinstance(record, dict):
       raise UserError(f"{path}, line {number}: not a JSON object: {line:.40}")

@@ -8,11 +8,11 @@ error that names the file and the line.
 
 import dataclasses
 import datetime
-import json
 import pathlib
 
 from spec_stream import (
   charts,
+  json_text,
   page,
   results,
   results_table,
@@ -63,7 +63,7 @@ def read(workdir):
   if path.exists():
     try:
       text = path.read_text(encoding="utf-8")
-      trace = json.loads(text, parse_constant=lambda _: None)
+      trace = json_text.parse(text, parse_constant=lambda _: None)
     except ValueError as error:  # not JSON, or not UTF-8
       raise UserError(f"{path}: not JSON ({error})") from error
     trace_view.check(trace, path)

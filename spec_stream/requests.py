@@ -5,11 +5,10 @@ checkpoint; token ids do not, and then answers have no text.
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Iterator, Sequence
 
-from spec_stream import checkpoints, stops, weights
+from spec_stream import checkpoints, json_text, stops, weights
 from spec_stream.data import chat_prompts, rows
 from spec_stream.decode import Decoder, collect, stream
 from spec_stream.detokenize import Detokenizer
@@ -160,8 +159,8 @@ def _read_file(path: str, seed: int) -> list[Request]:
 def _parse(line: str, where: str, seed: int) -> Request:
   is_int = lambda x: isinstance(x, int) and not isinstance(x, bool)
   try:
-    record = json.loads(line)
-  except (ValueError, RecursionError) as e:
+    record = json_text.parse(line)
+  except ValueError as e:
     raise UserError(f"{where}: not JSON ({e})") from e
   if not isinstance(record, dict):
     raise UserError(f"{where}: not a JSON object: {line:.40}")

@@ -12,6 +12,10 @@ _NUMBERS = (
   "step_cost max_tie_margin noise_low noise_high predicted_speedup "
   "predicted_tokens_per_call predicted_step_cost"
 ).split()
+_TEXTS = (
+  "run_id dataset mode tree accept device dtype jax commit date command "
+  "baseline draft_from mismatch"
+).split()
 _LISTS = ("tokens_per_call_by_position", "accept_by_depth")
 
 
@@ -25,6 +29,9 @@ def check(rows, path):
     where = f"{path}, record {number}"
     if not (isinstance(row.get("method"), str) and row["method"].strip()):
       raise UserError(f"{where}: there is no 'method'")
+    for name in _TEXTS:
+      if not isinstance(row.get(name), str | None):
+        raise UserError(f"{where}: {name!r} is no text: {row[name]!r:.40}")
     for name in _NUMBERS:
       if row.get(name) is not None and not is_number(row[name]):
         raise UserError(f"{where}: {name!r} is no number: {row[name]!r:.40}")

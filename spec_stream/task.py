@@ -16,6 +16,7 @@ from spec_stream import checkpoints, requests
 from spec_stream.checkpoints import Run
 from spec_stream.data import chat_prompts
 from spec_stream.errors import UserError
+from spec_stream.models import config as model_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +44,9 @@ def prompts(run: Run, split: str, count: int = 0) -> list[Prompt]:
   if split not in splits:
     raise UserError(f"unknown split '{split}': use one of {', '.join(splits)}")
   try:
-    config = pipeline.DataConfig(**run.config["data"])
-  except (KeyError, TypeError) as e:
+    data = run.config["data"]
+    config = model_config.make(pipeline.DataConfig, data, "data")
+  except (KeyError, TypeError, AttributeError) as e:
     raise UserError(f"config.json of the run names no data set: {e}") from e
   if config.dataset == "text_corpus":
     raise UserError("'text_corpus' has no prompts: it is for pretraining")

@@ -262,7 +262,7 @@ def check_paths(paths) -> tuple[tuple[int, ...], ...]:
   """Sorted paths with every parent present, or a UserError that says why."""
   try:
     paths = tuple(tuple(int(rank) for rank in path) for path in paths)
-  except (TypeError, ValueError) as e:
+  except (TypeError, ValueError, OverflowError) as e:
     raise UserError(
       f"tree paths must be lists of whole numbers such as [0, 1]: {e}"
     ) from e

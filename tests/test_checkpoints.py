@@ -6,11 +6,12 @@ import pathlib
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
-from spec_stream import checkpoints, sharding, weights
+from spec_stream import checkpoints, manifest, sharding, weights
 from spec_stream.data.pipeline import DataConfig
 from spec_stream.data.tokenizer import Tokenizer
 from spec_stream.errors import UserError
@@ -31,7 +32,8 @@ def saved(tmp_path_factory):
   tokenizer.save(str(workdir / "tokenizer.json"))
   state, _ = states.init(model, tiny.TRAIN, sharding.make_mesh())
   source = tiny.iterator()
-  with checkpoints.Saver(workdir, 2, tokenizer.hash()) as saver:
+  about = tokenizer.hash(), to_dict(model)
+  with checkpoints.Saver(workdir, 2, *about) as saver:
     for step in range(1, 6):
       next(source)
       if step in (1, 3, 5):
@@ -166,13 +168,55 @@ def test_another_model_than_the_saved_one(workdir):
   refuses(workdir, r"differ, such as .*, saved .*24.*, expected .*48")
 
 
+def test_settings_that_leave_all_shapes_as_they_are(workdir):
+  config = checkpoints.read_config(workdir)
+  config["model"]["rope_theta"] = 500.0
+  checkpoints.write_config(workdir, config)
+  refuses(workdir, "model.rope_theta was 10000.0, and there it is 500.0")
+
+
+def test_numbers_that_are_not_those_that_were_saved(workdir, saved):
+  """As a flipped bit in a compressed block may make them."""
+  path = workdir / "checkpoints/5/meta/metadata"
+  meta = json.loads(path.read_text())
+  meta["digests"]["final_norm/scale"] ^= 1
+  path.write_text(json.dumps(meta))
+  refuses(workdir, "damaged: .* of 1 arrays, such as final_norm/scale")
+  meta["digests"]["final_norm/scale"] ^= 1
+  meta["optimizer"]["0"] += 1
+  path.write_text(json.dumps(meta))
+  assert same(checkpoints.load_run(workdir).model, saved[1])
+  _, _, state = saved
+  with checkpoints.Saver(workdir, keep=2) as saver:
+    with pytest.raises(UserError, match="damaged"):
+      saver.restore(5, state.weights, state.opt_state, tiny.iterator())
+
+
+@pytest.mark.parametrize(
+  "dtype", "float32 bfloat16 float16 int8 int4 int32 bool float64".split()
+)
+def test_a_digest_changes_with_any_word(x64, dtype):
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.integers(0, 2, (3, 4, 5)), dtype)
+  whole = manifest.digests({"a": x})
+  assert manifest.digests({"a": x + 0 if dtype != "bool" else x}) == whole
+  other = 1 - x if dtype != "bool" else ~x
+  seen = {whole["a"]}
+  for i in range(60):
+    at = np.unravel_index(i, x.shape)
+    seen.add(manifest.digests({"a": x.at[at].set(other[at])})["a"])
+  assert len(seen) == 61
+  moved = jnp.roll(x, 1, 2)
+  assert manifest.digests({"a": moved}) != whole
+
+
 def test_another_tokenizer_of_the_same_size(workdir):
   path = workdir / "tokenizer.json"
   words = json.loads(path.read_text())
   merges = words["model"]["merges"]
   merges[0], merges[1] = merges[1], merges[0]
   path.write_text(json.dumps(words))
-  refuses(workdir, "is not the one that its checkpoint of step 5")
+  refuses(workdir, "is not the one that .*step 5 was trained with")
 
 
 def test_a_checkpoint_without_its_manifest_is_read_no_less(workdir, saved):
@@ -207,7 +251,7 @@ def test_a_tokenizer_of_another_vocabulary(workdir):
 )
 def test_a_config_that_is_none(workdir, text):
   (workdir / "config.json").write_text(text)
-  refuses(workdir, "config")
+  refuses(workdir, "config|model has no key 'widht'")
 
 
 def test_config_names_the_commit_of_a_checkout(saved):

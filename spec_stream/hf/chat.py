@@ -8,6 +8,7 @@ import datetime
 import json
 from collections.abc import Mapping, Sequence
 
+from spec_stream import json_text
 from spec_stream.errors import UserError
 
 
@@ -23,7 +24,7 @@ def find(files: Mapping[str, bytes], config: dict) -> str | None:
   if "chat_template.json" in files:
     name = "chat_template.json"
     try:
-      found = json.loads(files[name])["chat_template"]
+      found = json_text.parse(files[name])["chat_template"]
     except (ValueError, TypeError, KeyError) as e:
       raise UserError(
         f'{name} must be JSON with the text "chat_template": {e!r:.80}'

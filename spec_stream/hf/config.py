@@ -5,9 +5,9 @@
 
 import collections
 import dataclasses
-import json
 import pathlib
 
+from spec_stream import json_text
 from spec_stream.errors import UserError
 from spec_stream.hf.families import BY_TYPE
 from spec_stream.hf.keys import Keys
@@ -25,7 +25,7 @@ def is_checkpoint(directory) -> bool:
   """Whether this is a Hugging Face directory, and not a run's workdir."""
   path = pathlib.Path(directory) / "config.json"
   try:
-    return "model_type" in json.loads(path.read_text(encoding="utf-8"))
+    return "model_type" in json_text.parse(path.read_text(encoding="utf-8"))
   except (OSError, ValueError, TypeError):
     return False
 
@@ -33,7 +33,7 @@ def is_checkpoint(directory) -> bool:
 def read_json(path: pathlib.Path) -> dict:
   """An object of a JSON file. Raises: UserError."""
   try:
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = json_text.parse(path.read_text(encoding="utf-8"))
   except OSError as e:
     raise UserError(f"{path}: {e.strerror}") from e
   except ValueError as e:
@@ -136,8 +136,9 @@ def own_streams(directory: pathlib.Path) -> StreamConfig | None:
   if not path.is_file():
     return None
   try:
-    return StreamConfig(**read_json(path)["streams"])
-  except (KeyError, TypeError) as e:
+    values = read_json(path)["streams"]
+    return model_config.make(StreamConfig, values, "streams")
+  except (KeyError, TypeError, AttributeError) as e:
     raise UserError(f"{path} does not describe streams: {e}") from e
 
 

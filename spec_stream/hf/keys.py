@@ -82,7 +82,9 @@ class Keys:
     idle = (None, False, {}, [], "")
     left = {n for n in self._left - _HARMLESS if self._values[n] not in idle}
     if left:
-      words = ", ".join(f"{n}={self._values[n]!r:.40}" for n in sorted(left))
+      words = ", ".join(
+        f"{n:.60}={self._values[n]!r:.40}" for n in sorted(left)
+      )
       raise UserError(f"{self.where}: not implemented: {words}")
 
 

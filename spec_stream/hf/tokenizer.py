@@ -15,6 +15,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 
+from spec_stream import json_text
 from spec_stream.errors import UserError
 from spec_stream.hf import chat
 from spec_stream.hf.bpe import Bpe
@@ -246,7 +247,7 @@ def _core(files: Mapping[str, bytes], config: dict, added: Sequence[Added]):
 
 def _json(files: Mapping[str, bytes], name: str) -> dict:
   try:
-    value = json.loads(files.get(name, b"{}"))
+    value = json_text.parse(files.get(name, b"{}"))
   except ValueError as e:
     raise UserError(f"{name} is not JSON ({e})") from e
   if not isinstance(value, dict):

@@ -1,6 +1,8 @@
 """The shape of a model and of its streams; frozen, hashable, json-able."""
 
 import dataclasses
+import math
+import typing
 from typing import Any
 
 from spec_stream.errors import UserError
@@ -299,20 +301,61 @@ def _tuples(group: dict) -> dict:
 
 def drafter_from_dict(values: dict) -> DrafterConfig:
   """Of {"name": ..., "options": {...}}, as `to_dict` has it."""
-  options = _tuples(values.get("options", {}))
-  rest = {key: x for key, x in values.items() if key != "options"}
-  return DrafterConfig(**rest, options=tuple(sorted(options.items())))
+  options = values.get("options", {})
+  if not isinstance(options, dict):
+    raise UserError(f"model.drafter.options={options!r:.40} must be an object")
+  options = tuple(sorted(_tuples(options).items()))
+  return make(DrafterConfig, values | {"options": options}, "model.drafter")
 
 
 def from_dict(values: dict) -> ModelConfig:
-  """Inverse of `to_dict`, also after json; an unknown key is a UserError."""
+  """Inverse of `to_dict`, also after json. Raises: UserError."""
+  if not isinstance(values, dict):
+    raise UserError(f"model={values!r:.40} must be an object")
+  parts = {
+    "streams": lambda x: make(StreamConfig, x, "model.streams"),
+    "drafter": drafter_from_dict,
+    "rope_scaling": lambda x: make(RopeScaling, x, "model.rope_scaling"),
+  }
+  made = {}
+  for name, read in parts.items():
+    part = values.get(name, {})
+    if not isinstance(part, dict):
+      raise UserError(f"model.{name}={part!r:.40} must be an object")
+    made[name] = read(part)
+  return make(ModelConfig, values | made, "model")
+
+
+def make(cls, values: dict, where: str):
+  """A dataclass from values that a file or a flag may have given.
+
+  Raises: UserError for a key that it does not have, or a value of another kind.
+  """
+  kinds = {field.name: field.type for field in dataclasses.fields(cls)}
   values = _tuples(values)
-  try:
-    streams = StreamConfig(**values.pop("streams", {}))
-    drafter = drafter_from_dict(values.pop("drafter", {}))
-    scaling = RopeScaling(**_tuples(values.pop("rope_scaling", {})))
-    return ModelConfig(
-      **values, streams=streams, drafter=drafter, rope_scaling=scaling
-    )
-  except TypeError as e:
-    raise UserError(f"model config: {e}") from e
+  for key, value in values.items():
+    if key not in kinds:
+      raise UserError(
+        f"{where} has no key '{key:.60}'; it has {', '.join(kinds)}"
+      )
+    if not _is(value, kinds[key]):
+      words = getattr(kinds[key], "__name__", kinds[key])
+      raise UserError(f"{where}.{key}={value!r:.40} is not of type {words}")
+  return cls(**values)
+
+
+def _is(value, kind) -> bool:
+  """Whether a value is of the type of a field; whole numbers are floats too."""
+  inner = typing.get_args(kind)
+  if inner:  # a tuple, of some length or of any
+    if not isinstance(value, tuple):
+      return False
+    kinds = inner[:1] * len(value) if inner[-1] is ... else inner
+    return len(value) == len(kinds) and all(map(_is, value, kinds))
+  if kind is float:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value)
+  if kind is int:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return whole and abs(value) < 2**31
+  return kind is Any or isinstance(value, kind)

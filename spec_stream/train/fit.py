@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from spec_stream import checkpoints, sharding
+from spec_stream import checkpoints, manifest, sharding
 from spec_stream.checkpoints import Saver
 from spec_stream.data.pipeline import DataConfig, train_iterator
 from spec_stream.errors import UserError
@@ -74,9 +74,13 @@ def fit(
   )
   with contextlib.ExitStack() as stack:
     stack.callback(getattr(source, "close", lambda: None))
-    saver = stack.enter_context(Saver(workdir, train.keep, tokenizer.hash()))
+    saver = stack.enter_context(
+      Saver(workdir, train.keep, tokenizer.hash(), settings["model"])
+    )
     if last:
-      checkpoints.check_tokenizer(workdir, last, tokenizer)
+      kept = checkpoints.read_manifest(workdir, last)
+      where = f"{workdir}, step {last},"
+      manifest.check_tokenizer(kept, tokenizer, where)
       state = _restore(saver, last, state, source)
       print(f"resuming {workdir} from its checkpoint of step {last}")
     _announce(model, state, mesh)
