@@ -44,24 +44,43 @@ mkdir -p "$work"
     "$work/tokenizer.json" --data_dir="$work/data"
 train text_corpus base --config.data.tokenizer="$work/tokenizer.json"
 
+tune() {  # RUN FLAGS...; all weights, from the base
+  train "$task" "$task/$1" --config.train.init_from="$work/base" \
+    --config.train.objective=streams --config.train.steps="${steps[$task]}" \
+    "${@:2}"
+}
+no_eq1=--config.model.streams.main_attends_streams=False
+
 for task in "${tasks[@]}"; do
-  for way in next shared; do
-    objective=streams
-    [ "$way" = next ] && objective=next_token
-    train "$task" "$task/$way" --config.train.init_from="$work/base" \
-      --config.train.objective=$objective \
-      --config.train.steps="${steps[$task]}"
-  done
+  tune next --config.train.objective=next_token
+  tune shared
+  # What costs shared mode its quality: the streams' weight, or eq. 1?
+  tune shared_weight01 --config.train.stream_weight=0.1
+  tune shared_noattend $no_eq1
   # The base of lossless mode is the model that next-token training gave.
   lossless lossless
-  for way in shared lossless; do bench "$task/$way"; done
+  for way in shared shared_weight01 shared_noattend lossless; do
+    bench "$task/$way"
+  done
+  against=$work/base
+  for way in next lossless shared_weight01 shared_noattend; do
+    against+=,$work/$task/$way
+  done
   "$python" launch/evaluate.py --workdir="$work/$task/shared" --prompts=300 \
-    --against="$work/base,$work/$task/next,$work/$task/lossless"
+    --against="$against"
 done
 
 # What lossless acceptance depends on: target, layers, steps.
 case " ${tasks[*]} " in *" e2e_nlg "*) ;; *) exit 0 ;; esac
 task=e2e_nlg
+# Another order of the data: how far apart two equal trainings come out.
+for way in next shared; do
+  objective=streams
+  [ "$way" = next ] && objective=next_token
+  tune ${way}_seed1 --config.train.objective=$objective --config.data.seed=1
+done
+"$python" launch/evaluate.py --workdir="$work/$task/next_seed1" \
+  --prompts=300 --against="$work/$task/shared_seed1"
 layers=--config.model.streams.num_stream_layers=3
 short=--config.train.steps=200
 lossless lossless_labels $layers $short --config.train.target=labels
