@@ -36,6 +36,13 @@ _TREE_NODES = flags.DEFINE_list(
   "what the shape implies for others.",
 )
 _BATCH = flags.DEFINE_integer("batch", 1, "Prompts decoded at once.")
+_REFILL = flags.DEFINE_bool(
+  "refill",
+  False,
+  "A row that is done goes on with the next prompt, in one compiled loop: "
+  "throughput over all prompts, prefills included. Intervals are then over "
+  "--repeats.",
+)
 _PROMPTS = flags.DEFINE_integer(
   "prompts", 64, "How many prompts or questions, chosen at random; 0: all."
 )
@@ -87,6 +94,7 @@ def main(argv):
   drafters, asked = drafting.make_all(_DRAFTERS.value or [], _TREE_NODES.value)
   settings = bench.Settings(
     batch=_BATCH.value,
+    refill=_REFILL.value,
     repeats=_REPEATS.value,
     max_new_tokens=drafting.MAX_NEW_TOKENS.value,
     **_sampling(),
@@ -95,7 +103,15 @@ def main(argv):
     raise common.UserError(
       "--split is of a run's task: leave it or --questions"
     )
-  source = _checkpoint()
+  source, automatic = _checkpoint(), drafting.is_automatic()
+  if automatic and source["checkpoint"]:
+    raise common.UserError(
+      "--tree=auto calibrates on a run's own task: a checkpoint has none"
+    )
+  if automatic and _SPLIT.value == "validation":
+    raise common.UserError(
+      "--tree=auto calibrates on --split=validation: measure on another one"
+    )
   workdir = pathlib.Path(drafting.WORKDIR.value)
   task.check_output(workdir, source["checkpoint"], _QUESTIONS.value)
   run = drafting.load_run(source)
@@ -104,11 +120,6 @@ def main(argv):
     name = registry.default(run.model.config)
     drafters, asked = drafting.make_all([name], _TREE_NODES.value)
   own = rivals.load_all(asked, run, workdir)
-  automatic = drafting.is_automatic()
-  if automatic and source["checkpoint"]:
-    raise common.UserError(
-      "--tree=auto calibrates on a run's own task: a checkpoint has none"
-    )
   if automatic and not flags.FLAGS["tree_nodes"].present:
     drafters = []  # the automatic one alone
   methods = bench.plan(run.model.config, drafters, own)
@@ -120,7 +131,7 @@ def main(argv):
     own_weights, place = named.get(best.drafter.name, (None, ""))
     methods.append(
       bench.Method(
-        f"auto ({best.drafter.name})",
+        f"{best.drafter.name} (auto)",
         best.drafter,
         own=own_weights,
         source=place,
@@ -147,13 +158,13 @@ def main(argv):
   words = [f"launch/{pathlib.Path(argv[0]).name}", *sys.argv[1:]]
   about["command"] = " ".join(words)
   rows = bench_rows.rows(run.model, prompts, results, settings, about)
-  if costs:
+  if costs and not settings.refill:  # predictions leave prefills out
     for row, result in zip(rows, results, strict=True):
       row |= costs.fields(result.drafter)
   workdir.mkdir(parents=True, exist_ok=True)
   metrics.append_jsonl(workdir / "results.jsonl", rows)
   print(text_table.render(rows))
-  if _QUESTIONS.value and drafters:
+  if _QUESTIONS.value and (drafters or automatic):
     print(text_table.by_category(results, [p.category for p in chosen]))
   print(bench_rows.note(rows))
   if _EXPLAIN.value:

@@ -152,20 +152,14 @@ def split(drafter: str) -> tuple[str, str]:
   return name, directory
 
 
-def own(drafter: str, run, workdir: str):
-  """The drafter's own weights, if they are not those of the run."""
+def own(drafter: str, run, workdir: str) -> tuple:
+  """-> (the drafter's own weights, if they are not those of the run; where they
+  are from)."""
   from spec_stream import rivals
 
   name, directory = split(drafter)
-  return rivals.load_all({name: directory}, run, workdir).get(name, (None,))[0]
-
-
-def place(drafter: str, run, workdir: str) -> str:
-  """The directory that the drafter's own weights are from; "": the run's."""
-  from spec_stream import rivals
-
-  name, directory = split(drafter)
-  return rivals.find(name, directory, run, workdir)
+  found = rivals.load_all({name: directory}, run, workdir)
+  return found.get(name, (None, ""))
 
 
 def make(drafter: str, tree_nodes: int = 0):

@@ -58,7 +58,7 @@ def main(argv):
   chosen = task.prompts(run, _SPLIT.value, _PROMPTS.value)
   dataset = run.config["data"]["dataset"]
   evaluate.scorer(dataset)  # refuses before the decoding, not after it
-  own = drafting.own(_DRAFTER.value, run, drafting.WORKDIR.value)
+  own, _ = drafting.own(_DRAFTER.value, run, drafting.WORKDIR.value)
   outputs, found = evaluate.quality(
     run,
     dataset,

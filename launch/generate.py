@@ -100,9 +100,10 @@ def main(argv):
   name = _DRAFTER.value or registry.default(model.config)
   if not _DRAFTER.value and _TREE_NODES.value and name == "none":
     name = "streams"  # and then it says that there are none
-  own = drafting.own(name, run, drafting.WORKDIR.value or "")
+  own, source = drafting.own(name, run, drafting.WORKDIR.value or "")
   if automatic:
-    drafter = _automatic(run, name, own, settings, len(found))
+    named = {drafting.split(name)[0]: (own, source)}
+    drafter = _automatic(run, named, settings, len(found))
   else:
     drafter = drafting.make(name, _TREE_NODES.value)
   settings["own"] = own
@@ -122,7 +123,7 @@ def main(argv):
     _show(model, tokenizer, request, drafter, settings, colours)
 
 
-def _automatic(run, name, own, settings, count):
+def _automatic(run, named, settings, count):
   """The drafter that --tree=auto chooses for `count` requests."""
   from spec_stream import bench
 
@@ -131,9 +132,7 @@ def _automatic(run, name, own, settings, count):
     max_new_tokens=drafting.MAX_NEW_TOKENS.value,
     **settings,
   )
-  directory = drafting.WORKDIR.value
-  named = {name: (own, drafting.place(name, run, directory))}
-  costs, best = drafting.automatic(run, directory, named, asked)
+  _, best = drafting.automatic(run, drafting.WORKDIR.value, named, asked)
   print(f"--tree=auto: {best}", file=sys.stderr)
   return best.drafter
 

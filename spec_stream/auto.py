@@ -2,12 +2,14 @@
 
 Measures what `cost_model` predicts from: acceptance by decoding calibration
 prompts, step costs by timing, by the rules of `bench`. What was measured is
-kept beside the run, and measured once for each device, batch and sampling.
+kept beside the run, and holds for these drafters, device, batch and sampling;
+acceptance for any device and batch.
 """
 
 import dataclasses
 import hashlib
 import json
+import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from spec_stream import bench, bench_rows, json_text, task
+from spec_stream import bench, bench_rows, checkpoints, json_text, task
 from spec_stream.cost_model import (
   Acceptance,
   CostModel,
@@ -73,13 +75,18 @@ def candidates(
   return list(found.values())
 
 
+def _largest() -> int:
+  """Nodes beyond which nothing is gained: a CPU's steps cost by the row."""
+  return 32 if jax.default_backend() == "cpu" else SIZES[-1]
+
+
 def _shapes(config: ModelConfig, name: str, own):
   """Yields (tokens ahead, nodes, kept nodes); 0 is the drafter's own."""
-  largest = 32 if jax.default_backend() == "cpu" else SIZES[-1]
+  largest = _largest()
   sizes = [n for n in SIZES if n <= largest]
   lengths, grows = [0], config.streams.correction_rank > 0
   if name == "streams" and not (grows or attached(config)):
-    lengths = range(1, config.streams.num_streams + 1)
+    lengths = range(1, max(config.streams.num_streams, 1) + 1)
   if name == "medusa" and own is not None:
     lengths = range(1, own.options.length + 1)
   if not registry.get(name).nested or (name == "streams" and grows):
@@ -183,8 +190,6 @@ def step_costs(
   settings = dataclasses.replace(settings, repeats=repeats)
   results = measure(settings, methods)
   ms = [bench_rows.step_ms(r) for r in results]
-  if None in ms:
-    raise UserError("the prompts leave no room to time steps in")
   fastest = min(
     x for x, r in zip(ms, results, strict=True) if r.method.is_baseline
   )
@@ -208,7 +213,8 @@ def measure(
 
   Args:
     model: the target.
-    prompts: token ids of the calibration prompts, none of those measured later.
+    prompts: token ids of the calibration prompts, none of those measured later;
+      of these as many whole batches as there are, two at the most, are timed.
     drafters: {name: own weights or None}.
     settings: as they will be decoded.
     rule: of acceptance.
@@ -217,6 +223,14 @@ def measure(
   """
   model = merge_lora(model)
   chosen = candidates(model, drafters, rule)
+  batches = min(2, len(prompts) // settings.batch)
+  if not batches:
+    raise UserError(
+      f"--tree=auto has {len(prompts)} prompts to time steps with: a batch of "
+      f"{settings.batch} needs as many"
+    )
+  if settings.max_new_tokens < 2:
+    raise UserError("--tree=auto needs --max_new_tokens of 2 or more")
   found = dict(known or {})
   wanted = {}
   for drafter in chosen:  # of nested ones the last is the largest
@@ -235,7 +249,7 @@ def measure(
   costs = step_costs(
     model,
     timed(chosen),
-    prompts[: 2 * settings.batch],
+    prompts[: batches * settings.batch],
     settings,
     drafters,
     on_warm_up=progress("compile"),
@@ -270,12 +284,16 @@ def of_run(
   """
   path = pathlib.Path(directory) / FILE
   ends = run.tokenizer.eos_ids
-  settings = dataclasses.replace(settings, end_token=ends, repeats=1)
+  settings = dataclasses.replace(
+    settings, end_token=ends, repeats=1, refill=False
+  )
   about = {
-    "step": run.step,
-    "data": run.config.get("data"),
-    "model": dataclasses.asdict(run.model.config),
-    "drafters": {name: _state(x) for name, (_, x) in drafters.items()},
+    "run": _state(run.config, run.step, directory),
+    "drafters": {
+      name: place and _state(None, None, place)
+      for name, (_, place) in drafters.items()
+    },
+    "largest": _largest(),
     "accept": rule,
     **settings.sampling(),
     "max_new_tokens": settings.max_new_tokens,
@@ -292,11 +310,12 @@ def of_run(
   texts, devices = kept["acceptance"], kept["step_cost"]
   known = texts.get(_key(about), {})
   costs = devices.get(_key(here))
-  if known and costs:
+  if costs is not None:  # written with the acceptance it belongs to
     chosen = candidates(run.model, own, rule)
     return CostModel(settings.batch, known, costs), chosen
-  prompts = task.prompts(run, "validation", PROMPTS)
-  prompts = [p.token_ids for p in prompts]
+  most = run.model.config.max_positions - settings.max_new_tokens
+  prompts = task.prompts(run, "validation", max(PROMPTS, 2 * settings.batch))
+  prompts = [p.token_ids for p in prompts if len(p.token_ids) <= most]
   found, chosen = measure(
     run.model, prompts, own, settings, rule, known, progress
   )
@@ -305,10 +324,13 @@ def of_run(
   return found, chosen
 
 
-def _state(directory: str) -> list[str]:
-  """Names the weights of another run: its checkpoints change with them."""
-  found = pathlib.Path(directory, "checkpoints").glob("*") if directory else ()
-  return [directory, *sorted(p.name for p in found)]
+def _state(config: dict | None, step: int | None, workdir) -> dict:
+  """Names the weights of a run, trained anew or further."""
+  config = checkpoints.read_config(workdir) if config is None else config
+  if step is None:
+    (*_, step) = checkpoints.steps(workdir)
+  digests = checkpoints.read_manifest(workdir, step).get("digests")
+  return {"config": config, "step": step, "digests": digests}
 
 
 def _key(about: dict) -> str:
@@ -340,12 +362,11 @@ def _read(path: pathlib.Path) -> dict:
     name, *numbers = text.split()
     return (name, *map(int, numbers)) if numbers else name
 
-  arrays = lambda x: Acceptance(**{n: np.asarray(a) for n, a in x.items()})
   try:
     found = json_text.parse(path.read_text())
-    return {
+    kept = {
       "acceptance": {
-        about: {key(k): arrays(x) for k, x in each.items()}
+        about: {key(k): _arrays(x) for k, x in each.items()}
         for about, each in found["acceptance"].items()
       },
       "step_cost": {
@@ -353,8 +374,33 @@ def _read(path: pathlib.Path) -> dict:
         for here, each in found["step_cost"].items()
       },
     }
-  except (ValueError, KeyError, TypeError, AttributeError) as e:
+    for costs in kept["step_cost"].values():
+      if not all(0 < x < math.inf for x in costs.values()):
+        raise ValueError("a cost is no positive number")
+      if ("none", 1, 0, 0) not in costs or any(len(s) != 4 for s in costs):
+        raise ValueError("a setting is none, or plain decoding is missing")
+    return kept
+  except (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+  ) as e:
     raise UserError(
       f"{path} is not what --tree=auto wrote: delete it, and all is measured "
       f"anew ({e!r:.80})"
     ) from e
+
+
+def _arrays(values: dict) -> Acceptance:
+  """Raises: ValueError, TypeError or KeyError unless they fit together."""
+  names = ("tokens", "steps", "accepted")
+  found = Acceptance(*(np.asarray(values[name], np.int64) for name in names))
+  count = len(found.tokens)
+  shapes = found.tokens.shape, found.steps.shape, found.accepted.shape[:1]
+  if set(shapes) != {(count,)} or found.accepted.ndim != 3 or not count:
+    raise ValueError("counts of different sizes")
+  if min(found.tokens) < 1 or min(found.steps) < 0 or found.accepted.min() < 0:
+    raise ValueError("a count is negative")
+  return found

@@ -9,7 +9,8 @@ The rules, so that a number means what it says:
   the one that runs second finds the caches warm. An A-against-A row shows what
   the clock makes of two equal methods;
 - tokens are those emitted, up to the end token or the limit;
-- prefill and decoding are timed apart.
+- prefill and decoding are timed apart, but with `refill`, where one compiled
+  loop does both for all prompts.
 
 Where the main stream attends to its streams (shared mode), plain decoding of
 the same model attaches them, and a model of that size without streams decodes
@@ -42,10 +43,13 @@ _NONE: Mapping = {}
 class Settings:
   """batch: prompts decoded at once; repeats: times that all is run.
 
-  Prompt i draws with seed + i, in each method alike.
+  refill: a row that is done goes on with the next prompt (see
+  `spec_stream.refill`): throughput over all prompts, in place of batches that
+  wait for their last row. Prompt i draws with seed + i, in each method alike.
   """
 
   batch: int = 1
+  refill: bool = False
   repeats: int = 1
   max_new_tokens: int = 128
   end_token: int | tuple[int, ...] = -1
@@ -132,18 +136,15 @@ def plan(
 
 @dataclasses.dataclass
 class Measured:
-  """What one method did; batches of `settings.batch` prompts in order.
-
-  Seconds are summed over the repeats.
-  """
+  """What one method did, batch by batch: `batch` prompts each, in order."""
 
   method: Method
   drafter: Drafter  # resolved against the model
   generations: list[Generation]  # one a prompt
-  prefill_seconds: np.ndarray  # [batches]
-  decode_seconds: np.ndarray  # [batches]
-  batch: int
-  repeats: int
+  prefill_seconds: np.ndarray  # [repeats, batches]; 0 with refill
+  decode_seconds: np.ndarray  # [repeats, batches]
+  batch: int  # all prompts with refill: one loop
+  refill: bool = False
   compile_seconds: float = 0.0
   recompiles: int = 0  # compilations while the clock ran
   draft_seconds: float = 0.0  # of one draft, the verification left out
@@ -174,28 +175,33 @@ def measure(
   """
   _check_unique(prompts)
   seeds = settings.seeds(len(prompts))
+  size = len(prompts) if settings.refill else settings.batch
+  rows = min(settings.batch, len(prompts))
   batches = [
-    slice(start, min(start + settings.batch, len(prompts)))
-    for start in range(0, len(prompts), settings.batch)
+    slice(start, min(start + size, len(prompts)))
+    for start in range(0, len(prompts), size)
   ]
   model = merge_lora(model)  # once, not in each decoder
   # A decoder for each row: the A-against-A row is independent of its twin.
   decoders = [Decoder(model, m.drafter, m.own) for m in methods]
   decoders[0].check(prompts, settings.max_new_tokens)
-  zeros = lambda: np.zeros(len(batches))
-  own = dict(batch=settings.batch, repeats=settings.repeats)
+  zeros = lambda: np.zeros((settings.repeats, len(batches)))
   results = [
-    Measured(method, decoder.drafter, [], zeros(), zeros(), **own)
-    for method, decoder in zip(methods, decoders)
+    Measured(m, d.drafter, [], zeros(), zeros(), size, settings.refill)
+    for m, d in zip(methods, decoders)
   ]
 
   def run(decoder: Decoder, at: slice):
     """One batch -> (finished state, prefill seconds, decoding seconds)."""
-    begin = time.perf_counter()
-    state = decoder.start(prompts[at], **settings.options(seeds[at]))
+    options = settings.options(seeds[at])
+    begin = middle = time.perf_counter()
+    if settings.refill:
+      state = decoder.serve(prompts[at], rows, **options)
+    else:
+      state = jax.block_until_ready(decoder.start(prompts[at], **options))
+      middle = time.perf_counter()
+      state = decoder.finish(state)
     jax.block_until_ready(state)
-    middle = time.perf_counter()
-    state = jax.block_until_ready(decoder.finish(state))
     end = time.perf_counter()
     return state, middle - begin, end - middle
 
@@ -217,15 +223,16 @@ def measure(
         before = compilations.count
         state, prefill, decoding = run(decoder, at)
         result.recompiles += compilations.count - before
-        result.prefill_seconds[i] += prefill
-        result.decode_seconds[i] += decoding
+        result.prefill_seconds[repeat, i] = prefill
+        result.decode_seconds[repeat, i] = decoding
         if repeat == 0:
           result.generations += collect(state)
         done += 1
         on_batch(done, total)
   for decoder, result in zip(decoders, results):
     if time_drafts and decoder.drafter.num_nodes > 1:
-      state = decoder.start(prompts[shapes[0]], **settings.options(0))
+      first = prompts[shapes[0]][:rows]
+      state = decoder.start(first, **settings.options(0))
       result.draft_seconds = decoder.time_draft(state)
   return results
 

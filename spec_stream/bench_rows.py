@@ -1,13 +1,15 @@
 """Rows of results.jsonl, from what `bench.measure` returns.
 
 ms_per_token        decoding seconds over the tokens that decoding emitted; the
-                    first token of a prompt is prefill's
-ms_to_first_token   prefill: it ends with the first token
+                    first token of a prompt is prefill's (with refill all
+                    seconds, over all tokens)
+ms_to_first_token   prefill: it ends with the first token (not with refill)
 tokens_per_second   all tokens over prefill and decoding
 speedup             baseline's ms_per_token over the method's, hence a ratio of
                     total times where the tokens are the same
 speedup_request     the same with prefill counted, per token emitted
 step_ms, step_cost  one call of the compiled loop; in steps of the baseline
+                    (not with refill, whose loop does prefills as well)
 draft_ms            one draft alone, in a loop of nothing else; draft_share: of
                     a step
 extra_params        weights beyond those of a plain decoder
@@ -75,6 +77,7 @@ def rows(
         "draft_share": draft / step if draft and step else None,
         **settings.sampling(),
         "batch": settings.batch,
+        "refill": settings.refill,
         "repeats": settings.repeats,
         "max_new_tokens": settings.max_new_tokens,
         **row,
@@ -194,23 +197,17 @@ def tree_fields(drafter: Drafter) -> dict:
 
 
 def _times(result: Measured, base: Measured, fastest: Measured) -> dict:
-  prefill = result.prefill_seconds.sum()
-  request = prefill + result.decode_seconds.sum()
-  repeats, tokens = result.repeats, sum(_tokens(result))
-  speedup, low, high = ratio_with_interval(
-    (base.decode_seconds, _tokens(base, first=False)),
-    (result.decode_seconds, _tokens(result, first=False)),
-  )
-  by_request = ratio_with_interval(
-    (base.prefill_seconds + base.decode_seconds, _tokens(base)),
-    (result.prefill_seconds + result.decode_seconds, _tokens(result)),
-  )
+  decoding = lambda r: (r.decode_seconds, _tokens(r, first=r.refill))
+  request = lambda r: (r.prefill_seconds + r.decode_seconds, _tokens(r))
+  speedup, low, high = ratio_with_interval(decoding(base), decoding(result))
+  by_request = ratio_with_interval(request(base), request(result))
   step, plain = step_ms(result), step_ms(fastest)
-  batches = len(result.prefill_seconds)
+  seconds, tokens = request(result)
+  to_first = 1e3 * float(result.prefill_seconds.mean())
   return {
     "ms_per_token": _ms_per_token(result),
-    "ms_to_first_token": 1e3 * prefill / (batches * repeats),
-    "tokens_per_second": tokens * repeats / request,
+    "ms_to_first_token": None if result.refill else to_first,
+    "tokens_per_second": float(tokens.sum() * len(seconds) / seconds.sum()),
     "baseline": base.method.name,
     "speedup": speedup,
     "speedup_low": low,
@@ -228,12 +225,19 @@ def ratio_with_interval(
 ) -> tuple[float | None, float | None, float | None]:
   """-> (how much faster, and the ends of its 95 % bootstrap interval).
 
-  base, method: (seconds, tokens) of the same prompts (or batches), [n] each.
-  The prompts are drawn anew RESAMPLES times, for both together (paired), and
-  the same ones for each pair of methods. None where nothing was decoded.
+  base, method: ([repeats, n] seconds, [n] tokens) of the same prompts (or
+  batches). The prompts are drawn anew RESAMPLES times, for both together
+  (paired), and the same ones for each pair of methods; of a single batch the
+  repeats are. None where nothing was decoded, and for the interval of one time.
   """
   if not (base[1].sum() and method[1].sum()):
     return None, None, None
+  base, method = (
+    (x[0][:, 0], np.tile(x[1], len(x[0])))
+    if len(x[1]) == 1
+    else (x[0].sum(0), x[1] * len(x[0]))
+    for x in (base, method)
+  )
   size = len(base[0])
   drawn = np.random.default_rng(seed).integers(0, size, (RESAMPLES, size))
   at = np.concatenate([np.arange(size)[None], drawn])  # first: as measured
@@ -242,6 +246,8 @@ def ratio_with_interval(
     x[0][at].sum(1) / np.maximum(x[1][at].sum(1), 1) for x in (base, method)
   ]
   ratio = rate[0] / rate[1]
+  if size == 1:
+    return float(ratio[0]), None, None
   low, high = np.percentile(ratio[1:], [2.5, 97.5])
   return float(ratio[0]), float(low), float(high)
 
@@ -256,16 +262,19 @@ def _tokens(result: Measured, first: bool = True) -> np.ndarray:
 
 
 def _ms_per_token(result: Measured) -> float | None:
-  tokens = _tokens(result, first=False).sum() * result.repeats
-  return float(1e3 * result.decode_seconds.sum() / tokens) if tokens else None
+  tokens = _tokens(result, first=result.refill).sum()
+  seconds = result.decode_seconds.sum(1).mean()
+  return float(1e3 * seconds / tokens) if tokens else None
 
 
 def step_ms(result: Measured) -> float | None:
   """Of one pass of the loop; a batch runs until its last row is done."""
+  if result.refill:
+    return None
   steps, size = [g.target_calls - 1 for g in result.generations], result.batch
   passes = sum(max(steps[i : i + size]) for i in range(0, len(steps), size))
-  passes *= result.repeats
-  return float(1e3 * result.decode_seconds.sum() / passes) if passes else None
+  seconds = result.decode_seconds.sum(1).mean()
+  return float(1e3 * seconds / passes) if passes else None
 
 
 # -- agreement with plain decoding -------------------------------------------

@@ -246,7 +246,8 @@ class Saver:
           meta=ocp.args.JsonRestore(),
         ),
       )
-    kept, where = restored.meta, str(self._directory / str(step))
+    kept = manifest.parse(json.dumps(restored.meta))
+    where = str(self._directory / str(step))
     opt_state = manifest.leaves(restored.optimizer)
     manifest.check_digests(kept.get("digests"), restored.weights, where)
     manifest.check_digests(kept.get("optimizer"), opt_state, where)
@@ -267,13 +268,15 @@ class Saver:
 
 
 def read_manifest(workdir, step: int) -> dict:
-  """What `meta` says; nothing where there is none: then orbax complains."""
+  """What `meta` says; nothing where there is none, as in older checkpoints.
+
+  Raises: UserError if it is damaged.
+  """
   path = _directory(workdir) / str(step) / "meta" / "metadata"
-  try:
-    found = json_text.parse(path.read_text())
-  except (OSError, ValueError):
+  if not path.is_file():
     return {}
-  return found if isinstance(found, dict) else {}
+  with _readable(path.parent.parent):
+    return manifest.parse(path.read_text())
 
 
 def abstract(config: ModelConfig, mesh: Mesh | None = None) -> dict:
@@ -319,15 +322,23 @@ def read_base(workdir, target: dict) -> Weights:
   names = _names(_base(workdir))
   with _readable(_base(workdir)), ocp.StandardCheckpointer() as reader:
     found = reader.restore(_base(workdir), {p: target[p] for p in names})
-  manifest.check_digests(_base_digests(workdir), found, str(_base(workdir)))
+  advice = "copy it from where the run was whole, or train again"
+  kept, where = _base_digests(workdir), str(_base(workdir))
+  manifest.check_digests(kept, found, where, advice)
   return found
 
 
 def _base_digests(workdir) -> dict | None:
-  try:
-    return json_text.parse(_base(workdir).with_suffix(".json").read_text())
-  except (OSError, ValueError):  # of an earlier version, or torn
+  path = _base(workdir).with_suffix(".json")
+  if not path.is_file():  # of an earlier version
     return None
+  try:
+    return manifest.parse(path.read_text())
+  except (OSError, ValueError) as e:
+    raise UserError(
+      f"{path} is damaged ({e}): remove it, and the weights of "
+      f"{_base(workdir)} are read unchecked"
+    ) from e
 
 
 def _names(directory: pathlib.Path) -> list[str]:
@@ -397,7 +408,8 @@ def load_run(workdir, step: int | None = None, mesh: Mesh | None = None) -> Run:
   Raises: UserError, one line, if any of them is missing or cannot be read.
   """
   config = read_config(workdir)
-  model = model_config.from_dict(config["model"])
+  where = f"{workdir}/config.json: model"
+  model = model_config.from_dict(config["model"], where)
   tokenizer = read_tokenizer(workdir, model.vocab_size)
   model = _with_known(model, tokenizer)
   values, step = load_weights(workdir, model, step, mesh)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from spec_stream.drafters.base import Drafter
+from spec_stream.drafters.none import NoDraft
 
 WORTH = 1.05  # predicted speed-up from which on drafts are made at all
 
@@ -99,22 +100,21 @@ class CostModel:
   def predict(self, drafter: Drafter) -> Prediction | None:
     """None if it is none of those that were measured, or between them."""
     key = name, nodes, length, _ = setting(drafter)
-    if nodes == 1:
-      return self.plain(drafter)
+    if isinstance(drafter, NoDraft):
+      # Without streams that belong to the model it would be another's time.
+      return self.plain(drafter) if drafter.attach_streams else None
     found = self.acceptance.get(name if nested(drafter) else key)
     cost = self._cost(drafter)
     if found is None or cost is None:
       return None
+    steps = found.steps.astype(float)
     if nested(drafter):
+      length = min(length, nodes - 1)  # as deep as the nodes reach
       if nodes > found.accepted.shape[2] or length > found.accepted.shape[1]:
         return None
       steps = found.steps_of(nodes, length)
-    else:
-      steps = found.steps.astype(float)
-    plain, drafted = (
-      _passes(found.tokens - 1, self.batch),
-      _passes(steps, self.batch),
-    )
+    plain = _passes(found.tokens - 1, self.batch)
+    drafted = _passes(steps, self.batch)
     calls = found.tokens.sum() / (len(steps) + steps.sum())
     return Prediction(drafter, calls, cost, plain / drafted / cost)
 
@@ -138,14 +138,10 @@ class CostModel:
     if key in self.costs or not nested(drafter):
       return self.costs.get(key)
     # At each length that was timed by nodes, and then by length.
+    timed = {s: c for s, c in self.costs.items() if (s[0], s[3]) == (name, 0)}
     lengths, costs = [], []
-    for at in sorted({s[2] for s in self.costs if s[0] == name and not s[3]}):
-      timed = sorted(
-        (s[1], c)
-        for s, c in self.costs.items()
-        if s[0] == name and s[2] == at and not s[3]
-      )
-      xs, ys = zip(*timed)
+    for at in sorted({s[2] for s in timed}):
+      xs, ys = zip(*sorted((s[1], c) for s, c in timed.items() if s[2] == at))
       if xs[0] <= nodes <= xs[-1]:
         lengths.append(at)
         costs.append(np.interp(nodes, xs, ys))
@@ -162,17 +158,22 @@ class CostModel:
 
 
 def nested(drafter: Drafter) -> bool:
-  """Whether its tree of M nodes is the first M of a larger one's."""
+  """Whether its tree of M nodes is the first M of a larger one's, and accepts
+  what that accepts of them. (Of fewer streams, nodes that the large tree had no
+  room for count as refused.)"""
   if not drafter.nested or drafter.prune or drafter.tree.kind != "best_first":
     return False
-  return drafter.tree.width >= drafter.num_nodes - 1  # none was left out
+  # A typical path may leave a small tree where the large one has another.
+  whole = drafter.tree.width >= drafter.num_nodes - 1  # none was left out
+  return whole and drafter.rule == "exact"
 
 
 def ahead(drafter: Drafter) -> int:
-  """Tokens ahead that it could draft with more nodes."""
+  """Tokens ahead that it could draft with more nodes; of streams, the streams
+  (other drafters have a `length`, and the streams that the target needs)."""
   if drafter.num_nodes == 1:
     return 0
-  return drafter.num_streams or getattr(drafter, "length", 0)
+  return getattr(drafter, "length", drafter.num_streams)
 
 
 def _passes(steps: np.ndarray, batch: int) -> float:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from spec_stream import json_text
 from spec_stream.errors import UserError
 
 
@@ -43,8 +44,19 @@ def shapes(arrays: Mapping[str, jax.Array]) -> dict[str, list]:
 
 
 def leaves(tree) -> dict[str, jax.Array]:
-  """The arrays of a tree, by number: those of an optimizer have no paths."""
-  return {str(i): x for i, x in enumerate(jax.tree.leaves(tree))}
+  """The arrays of an optimizer's tree, by number: they have no paths."""
+  return {f"optimizer/{i}": x for i, x in enumerate(jax.tree.leaves(tree))}
+
+
+def parse(text: str) -> dict:
+  """Raises: ValueError unless it is one: an object, its groups objects too."""
+  found = json_text.parse(text)
+  groups = ("weights", "digests", "optimizer", "model")
+  if not isinstance(found, dict) or not all(
+    isinstance(found.get(name), dict | None) for name in groups
+  ):
+    raise ValueError("it must hold an object of objects")
+  return found
 
 
 def check_shapes(manifest: Mapping, target: Mapping, where: str):
@@ -61,7 +73,14 @@ def check_shapes(manifest: Mapping, target: Mapping, where: str):
   )
 
 
-def check_digests(kept: Mapping | None, arrays: Mapping, where: str):
+ADVICE = (
+  "remove it to fall back on an earlier one, or train again in a new --workdir"
+)
+
+
+def check_digests(
+  kept: Mapping | None, arrays: Mapping, where: str, advice: str = ADVICE
+):
   """Raises: UserError if numbers are not those that were saved.
 
   kept: what `digests` gave; None for checkpoints from before there were any.
@@ -73,8 +92,7 @@ def check_digests(kept: Mapping | None, arrays: Mapping, where: str):
   if wrong:
     raise UserError(
       f"{where} is damaged: the numbers of {len(wrong)} arrays, such as "
-      f"{wrong[0]}, are not those that were saved; remove it to fall back on "
-      "an earlier one, or train again in a new --workdir"
+      f"{wrong[0]}, are not those that were saved; {advice}"
     )
 
 

@@ -122,7 +122,7 @@ def _size(config):
     from spec_stream import weights
     from spec_stream.models import config as model_config
 
-    model = model_config.from_dict(config["model"])
+    model = model_config.from_dict(config["model"], "config.json: model")
     size = sum(x.size for x in weights.shapes(model).values())
   except (TypeError, KeyError, AttributeError) as error:
     raise UserError(f"config.json describes no model: {error}") from error

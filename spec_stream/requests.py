@@ -207,7 +207,8 @@ def load(
     run = checkpoints.load_checkpoint(checkpoint, tokenizer=needed, **settings)
     return run.model, run.tokenizer
   if not needed:
-    config = from_dict(checkpoints.read_config(workdir)["model"])
+    values = checkpoints.read_config(workdir)["model"]
+    config = from_dict(values, f"{workdir}/config.json: model")
     values, _ = checkpoints.load_weights(workdir, config)
     return weights.to_model(config, values), None
   run = checkpoints.load_run(workdir)

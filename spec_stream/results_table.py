@@ -24,6 +24,7 @@ SETTINGS = {
   "repetition_penalty": "penalty",
   "batch": "batch",
   "prompts": "prompts",
+  "refill": "rows refilled",
   "repeats": "repeats",
   "max_new_tokens": "most new tokens",
   "tree_width": "tree width",
@@ -46,6 +47,7 @@ _OFF = {
   "repetition_penalty": 1,
   "kept_nodes": 0,
   "prune_threshold": 0,
+  "refill": False,
 }
 
 

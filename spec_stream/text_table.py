@@ -12,6 +12,8 @@ def _number(name: str, form: str):
 def _speedup(row: dict) -> str:
   if row.get("speedup") is None:
     return ""
+  if row.get("speedup_low") is None:
+    return "{speedup:.2f}".format(**row)
   return "{speedup:.2f} [{speedup_low:.2f}, {speedup_high:.2f}]".format(**row)
 
 

@@ -153,6 +153,9 @@ def test_what_is_considered(x64):
   corrected = dataclasses.replace(
     CONFIG, streams=dataclasses.replace(CONFIG.streams, correction_rank=2)
   )
+  # Streams that are attached all the same are not what other drafters draft.
+  lookup = PromptLookup(TreeSpec("best_first", 3)).resolve(MODEL)
+  assert lookup.num_streams and cost_model.ahead(lookup) == lookup.length
   grown = auto.candidates(random_model(corrected, 0), {"streams": None})
   assert {d.num_nodes for d in grown} <= set(auto.TIMED)
   with pytest.raises(UserError, match="depends on what"):

@@ -193,16 +193,14 @@ def test_an_early_end_is_a_bug_without_a_margin(measured):
 
 def made_up(name, drafter, seconds, generations, expects="none", **times):
   """A Measured of batch 1 with these decoding seconds and 1 s of prefill."""
-  method = Method(name, drafter, expects, **times)
-  zeros = np.zeros(len(seconds))
+  seconds = np.atleast_2d(seconds)
   return Measured(
-    method,
+    Method(name, drafter, expects, **times),
     drafter.resolve(SMALL),
     generations,
-    zeros + 1.0,
-    np.array(seconds),
+    np.ones_like(seconds),
+    seconds,
     batch=1,
-    repeats=1,
   )
 
 
@@ -249,8 +247,8 @@ def test_speedups_are_against_the_faster_baseline_per_token():
 
 def test_a_batch_runs_until_its_last_row_is_done():
   generations = [stub([5] * 4, [1, 1, 1, 1]), stub([5] * 4, [1, 3])]
-  result = made_up("none", NoDraft(), [0.6], generations)
-  result.batch, result.repeats = 2, 2
+  result = made_up("none", NoDraft(), [[0.4], [0.2]], generations)
+  result.batch = 2
   assert bench_rows.step_ms(result) == pytest.approx(600 / (3 * 2))
   assert bench_rows._ms_per_token(result) == pytest.approx(600 / (6 * 2))
 
@@ -276,13 +274,16 @@ def test_nothing_decoded_leaves_no_numbers_and_no_crash():
     st.tuples(
       st.floats(0.1, 9), st.floats(0.1, 9), st.integers(1, 9), st.integers(1, 9)
     ),
-    min_size=1,
+    min_size=2,
     max_size=6,
   )
 )
 def test_the_interval_is_that_of_a_plain_bootstrap(prompts):
   base_s, own_s, base_n, own_n = map(np.array, zip(*prompts))
-  got = bench_rows.ratio_with_interval((base_s, base_n), (own_s, own_n), seed=7)
+  parts = np.array([[0.25], [0.75]])  # of two repeats
+  got = bench_rows.ratio_with_interval(
+    (base_s * parts, base_n), (own_s * parts, own_n), seed=7
+  )
   rng, ratios = np.random.default_rng(7), []
   draws = rng.integers(0, len(prompts), (2000, len(prompts)))
   for at in draws:  # the same prompts for both
@@ -296,8 +297,51 @@ def test_the_interval_is_that_of_a_plain_bootstrap(prompts):
 def test_pairing_takes_the_spread_of_prompts_out_of_the_interval():
   seconds = np.random.default_rng(0).uniform(0.1, 10, 30)
   tokens = np.full(30, 8)
-  got = bench_rows.ratio_with_interval((seconds, tokens), (seconds / 2, tokens))
+  half = seconds / 2
+  got = bench_rows.ratio_with_interval(
+    (seconds[None], tokens), (half[None], tokens)
+  )
   np.testing.assert_allclose(got, [2, 2, 2])
+
+
+def test_of_one_batch_the_repeats_are_drawn():
+  ask = lambda base, own: bench_rows.ratio_with_interval(
+    (np.array(base)[:, None], np.array([8])),
+    (np.array(own)[:, None], np.array([8])),
+  )
+  assert ask([3.0], [2.0]) == (1.5, None, None)
+  ratio, low, high = ask([2.0, 4.0], [2.0, 2.0])
+  assert (ratio, low, high) == (1.5, 1, 2)
+
+
+# -- rows that go on with the next prompt ------------------------------------
+
+
+def test_throughput_of_refilled_rows():
+  """The same tokens as in batches, timed as a whole."""
+  prompts = [[5 + i, 6, 7][: 1 + i % 3] for i in range(7)]
+  limits = dict(max_new_tokens=9, end_token=3, seed=4, temperature=0.9)
+  settings = Settings(batch=3, refill=True, repeats=2, **limits)
+  model = make_model(SMALL)
+  methods = bench.plan(SMALL, [StreamDraft(TreeSpec(num_nodes=3))])
+  made = bench.measure(model, prompts, methods, settings)
+  table = bench_rows.rows(model, prompts, made, settings, ABOUT)
+  alone = bench.measure(
+    model, prompts, methods[:1], dataclasses.replace(settings, refill=False)
+  )
+  tokens = [g.token_ids for g in alone[0].generations]
+  assert [g.token_ids for g in made[-1].generations] == tokens
+  for row, result in zip(table, made, strict=True):
+    assert row["refill"] and row["recompiles"] == 0
+    assert result.decode_seconds.shape == (2, 1)
+    assert row["step_ms"] is row["ms_to_first_token"] is None
+    seconds = result.decode_seconds.sum() / 2
+    emitted = sum(len(g.token_ids) for g in result.generations)
+    assert row["tokens_per_second"] == pytest.approx(emitted / seconds)
+    assert row["ms_per_token"] == pytest.approx(1e3 * seconds / emitted)
+    assert row["speedup"] == pytest.approx(row["speedup_request"])
+  assert table[-1]["identical"] == 1 and table[-1]["speedup_low"] > 0
+  assert "tokens/s" in text_table.render(table)
 
 
 # -- counts ------------------------------------------------------------------

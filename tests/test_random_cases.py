@@ -109,6 +109,7 @@ def random_family(seed: int, dtype: str) -> Family:
     if rng.integers(2) and not config.streams.correction_rank:
       nodes = drafter.resolve(config).num_nodes
       kept = int(rng.integers(0, nodes + 1))
+      kept = 2 if kept == 1 else kept  # the root alone accepts nothing
       prune = Prune(kept, float(rng.choice([0.0, 0.05])))
       drafter = dataclasses.replace(drafter, prune=prune)
     return Family(config, drafter, None, count, batch)

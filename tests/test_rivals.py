@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
-from test_launch import call_all, one_line, write_run
+from test_launch import QUICK, call_all, one_line, write_run
 from tiny import DATA, SMALL, TRAIN, losses, pairs, train, use_small_data
 
 from spec_stream import checkpoints, export, rivals, weights
@@ -241,6 +242,28 @@ def test_a_run_drafts_with_what_it_was_trained_with(folder, called):
   assert called["own"].code == 0, called["own"]
   rows = (folder / "medusa/results.jsonl").read_text().splitlines()
   assert [json.loads(row)["method"] for row in rows][-1] == "medusa"
+
+
+def test_generate_chooses_the_tree_of_another_runs_heads(folder, tmp_path):
+  shutil.copytree(folder / "run", tmp_path / "run")
+  ask = ["--workdir=run", "--max_new_tokens=6", "--prompt=red big"]
+  heads = [f"--drafter=medusa={folder}/medusa", "--tree=auto"]
+  done = call_all(
+    "generate",
+    {
+      "plain": ([*ask, "--drafter=none", "--nostats"], ""),
+      "auto": ([*ask, *heads, "--nostats"], QUICK),
+      "without --tree_nodes": ([*ask, *heads, "--tree_nodes=4"], ""),
+    },
+    tmp_path,
+  )
+  one_line(done.pop("without --tree_nodes"), "without --tree_nodes")
+  assert all(d.code == 0 for d in done.values()), done
+  assert done["auto"].out == done["plain"].out
+  assert "--tree=auto: " in done["auto"].err
+  kept = json.loads((tmp_path / "run/cost_model.json").read_text())
+  (costs,) = kept["step_cost"].values()
+  assert {setting.split()[0] for setting in costs} == {"none", "medusa"}
 
 
 def test_mistakes_are_said_in_one_line(called):

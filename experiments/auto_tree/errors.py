@@ -41,7 +41,7 @@ def render(rows: list[dict]) -> str:
         f"{row['speedup_high']:.2f}] | {errors[-1]:+.0f} % |"
       )
     best = max(trees, key=lambda r: r["speedup"])
-    (auto,) = [r for r in run if r["method"].startswith("auto")]
+    (auto,) = [r for r in run if r["method"].endswith(" (auto)")]
     tree = "none"
     if auto["tree_nodes"] > 1:
       tree = f"{auto['tree_nodes']} nodes, J = {auto['num_streams']}"

@@ -4,7 +4,8 @@
 #   experiments/auto_tree/run.sh DATA [WORKDIR] [BATCH ...]
 #
 # DATA: a directory with the E2E-NLG files. WORKDIR: default runs/auto_tree.
-# BATCH: default 1 2 4 8 16. A second run goes on where the first stopped.
+# BATCH: default 1 2 4 8 16. A second run trains and calibrates no more, and
+# measures again.
 set -euo pipefail
 data=$(realpath "${1:?give a directory with the E2E-NLG files}")
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The paper's three tasks, real data: one pretraining, then for each task three
-# trainings, their benchmarks, and a comparison.
+# trainings and two ablations, their benchmarks, and a comparison.
 #
 #   experiments/paper_tasks/run.sh DATA [WORKDIR] [TASK ...]
 #

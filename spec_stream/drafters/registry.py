@@ -4,7 +4,7 @@ import dataclasses
 import importlib
 
 from spec_stream.errors import UserError
-from spec_stream.models.config import DrafterConfig, ModelConfig
+from spec_stream.models.config import DrafterConfig, ModelConfig, make
 
 DRAFTERS = {
   "none": "none:NoDraft",
@@ -57,7 +57,7 @@ def options(config: DrafterConfig):
         f"model.drafter.options has no '{name}' for {config.name}: its options "
         f"are {', '.join(known)}"
       )
-  made = cls(**dict(config.options))
+  made = make(cls, dict(config.options), "model.drafter.options")
   if made.length < 1 or getattr(made, "layers", 1) < 1:
     raise UserError(
       f"model.drafter.options: length and layers of {config.name} must be 1 or "

@@ -137,7 +137,7 @@ def own_streams(directory: pathlib.Path) -> StreamConfig | None:
     return None
   try:
     values = read_json(path)["streams"]
-    return model_config.make(StreamConfig, values, "streams")
+    return model_config.make(StreamConfig, values, f"{path}: streams")
   except (KeyError, TypeError, AttributeError) as e:
     raise UserError(f"{path} does not describe streams: {e}") from e
 

@@ -1,7 +1,8 @@
 """The shape of a model and of its streams; frozen, hashable, json-able."""
 
 import dataclasses
-import math
+import functools
+import sys
 import typing
 from typing import Any
 
@@ -299,31 +300,34 @@ def _tuples(group: dict) -> dict:
   }
 
 
-def drafter_from_dict(values: dict) -> DrafterConfig:
+def drafter_from_dict(
+  values: dict, where: str = "model.drafter"
+) -> DrafterConfig:
   """Of {"name": ..., "options": {...}}, as `to_dict` has it."""
   options = values.get("options", {})
   if not isinstance(options, dict):
-    raise UserError(f"model.drafter.options={options!r:.40} must be an object")
+    raise UserError(f"{where}.options={options!r:.40} must be an object")
   options = tuple(sorted(_tuples(options).items()))
-  return make(DrafterConfig, values | {"options": options}, "model.drafter")
+  return make(DrafterConfig, values | {"options": options}, where)
 
 
-def from_dict(values: dict) -> ModelConfig:
-  """Inverse of `to_dict`, also after json. Raises: UserError."""
+def from_dict(values: dict, where: str = "model") -> ModelConfig:
+  """Inverse of `to_dict`, also after json. Raises: UserError, which says
+  `where` the values are from."""
   if not isinstance(values, dict):
-    raise UserError(f"model={values!r:.40} must be an object")
+    raise UserError(f"{where}={values!r:.40} must be an object")
   parts = {
-    "streams": lambda x: make(StreamConfig, x, "model.streams"),
+    "streams": functools.partial(make, StreamConfig),
     "drafter": drafter_from_dict,
-    "rope_scaling": lambda x: make(RopeScaling, x, "model.rope_scaling"),
+    "rope_scaling": functools.partial(make, RopeScaling),
   }
   made = {}
   for name, read in parts.items():
     part = values.get(name, {})
     if not isinstance(part, dict):
-      raise UserError(f"model.{name}={part!r:.40} must be an object")
-    made[name] = read(part)
-  return make(ModelConfig, values | made, "model")
+      raise UserError(f"{where}.{name}={part!r:.40} must be an object")
+    made[name] = read(part, where=f"{where}.{name}")
+  return make(ModelConfig, values | made, where)
 
 
 def make(cls, values: dict, where: str):
@@ -339,13 +343,15 @@ def make(cls, values: dict, where: str):
         f"{where} has no key '{key:.60}'; it has {', '.join(kinds)}"
       )
     if not _is(value, kinds[key]):
-      words = getattr(kinds[key], "__name__", kinds[key])
+      kind = kinds[key]
+      words = kind if typing.get_args(kind) else kind.__name__
       raise UserError(f"{where}.{key}={value!r:.40} is not of type {words}")
   return cls(**values)
 
 
 def _is(value, kind) -> bool:
-  """Whether a value is of the type of a field; whole numbers are floats too."""
+  """Whether a value is of the type of a field, no union; whole numbers are
+  floats too."""
   inner = typing.get_args(kind)
   if inner:  # a tuple, of some length or of any
     if not isinstance(value, tuple):
@@ -354,7 +360,7 @@ def _is(value, kind) -> bool:
     return len(value) == len(kinds) and all(map(_is, value, kinds))
   if kind is float:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value)
+    return number and abs(value) <= sys.float_info.max
   if kind is int:
     whole = isinstance(value, int) and not isinstance(value, bool)
     return whole and abs(value) < 2**31
