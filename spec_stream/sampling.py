@@ -227,6 +227,32 @@ def scores(
   return jnp.where(warm, logits + gumbel, logits)
 
 
+def coupled(
+  logits: jax.Array, position: jax.Array, sampling: Sampling
+) -> jax.Array:
+  """A drafter's logits with the noise that the target will meet, so that its
+  most probable token is what it expects the target to draw.
+
+  Two draws with the same Gumbel noise agree with a probability of at least
+  (1 - d) / (1 + d), d the distance in total variation between the two
+  distributions (Daliri et al., 2408.07978); the token that is most probable
+  without noise agrees as often as the target happens to draw it. Times the
+  temperature: what remains open is the difference between the logits of drafter
+  and target, which the temperature does not change.
+
+  Args:
+    logits: [B, n, V] of a drafter, at temperature 1.
+    position: [B, n] or [B, 1], absolute, of the tokens that are guessed.
+    sampling: of the B requests; a penalty is left out.
+  """
+  if sampling.greedy:
+    return logits
+  temperature = sampling.temperature[:, None, None]
+  gumbel = noise(sampling.seed, position, logits.shape[-1])
+  warm = temperature * (filtered(logits, sampling) + gumbel)
+  return jnp.where(temperature > 0, warm, logits)
+
+
 def draw(
   logits: jax.Array,
   depth: jax.Array,

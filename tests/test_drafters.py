@@ -29,6 +29,7 @@ from spec_stream.decode import Decoder, collect, stream
 from spec_stream.drafters import registry
 from spec_stream.drafters.none import NoDraft
 from spec_stream.errors import UserError
+from spec_stream.models.prune import Prune
 from spec_stream.train import losses
 from spec_stream.tree import TreeSpec
 
@@ -127,6 +128,26 @@ TRAINED = {
   "eagle": case("eagle", TreeSpec("chain"), length=4),
   "eagle, fused": case("eagle", TreeSpec("chain"), length=4, fuse=(2, 0)),
 }
+
+
+def test_a_model_that_drafts_for_itself_is_always_right(x64):
+  """Sampled as well: drafts meet the noise that the target will meet."""
+  model, _ = make(CASES["draft_model"], 2)
+  drafter = registry.get("draft_model").of(TreeSpec("chain"), 3, Prune())
+  prompts, options = random_requests(2, 4)
+  options |= dict(
+    temperature=np.array([0.0, 0.3, 1.0, 1.7]), max_new_tokens=13, end_token=-1
+  )
+  options |= dict(repetition_penalty=1.0, stop=())
+  made = decode(Decoder(model, drafter, model), prompts, options)
+  plain = decode(Decoder(model, NoDraft()), prompts, options)
+  for one, expected in zip(made, plain, strict=True):
+    assert one.token_ids == expected.token_ids
+    assert one.target_calls == 1 + 12 / 4  # all three drafts, and one more
+  # What is likely enough needs no luck: the most probable is drafted.
+  lossy = dataclasses.replace(drafter, rule="typical")
+  logits = np.zeros((4, 2, 9))
+  assert lossy.guess(None, logits) is logits
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -241,6 +241,59 @@ def test_draws_of_two_positions_are_independent():
   assert chi_square(pairs, expected) < CRITICAL[8]
 
 
+# -- guesses -----------------------------------------------------------------
+
+
+@settings(max_examples=10)
+@given(SEEDS)
+def test_a_guess_from_the_targets_own_logits_is_its_draw(seed):
+  rng = np.random.default_rng(seed)
+  logits = rng.normal(0, 2, (4, 3, VOCAB)).astype(np.float32)
+  given = sampling.make(
+    4,
+    temperature=[0.0, 0.5, 1.0, 2.0],
+    top_k=[0, 3, 0, 4],
+    top_p=[1.0, 1.0, 0.7, 1.0],
+    seed=rng.integers(0, 2**32, 4),
+  )
+  position = rng.integers(0, 99, 4).astype(np.int32)
+  levels = sampling.next_positions(position, 3)
+  guess = sampling.coupled(logits, levels, given)
+  depth = np.tile(np.arange(3), (4, 1))
+  drawn = draw(logits, depth, position, longest=3, sampling=given)
+  np.testing.assert_array_equal(sampling.argmax(guess), drawn)
+  np.testing.assert_array_equal(guess[0], logits[0])  # greedy
+  # By the definition: logits and the temperature times the noise.
+  gumbel = noise(given.seed, levels, size=VOCAB)
+  kept = np.isfinite(guess[1])
+  assert (kept.sum(-1) == 3).all()
+  expected = logits[1] + 0.5 * gumbel[1]
+  np.testing.assert_allclose(guess[1][kept], expected[kept], atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_guesses_agree_as_often_as_is_promised(temperature):
+  """Daliri et al., 2408.07978: at least (1 - d) / (1 + d)."""
+  rng, count = np.random.default_rng(0), 4000
+  target, drafter = rng.normal(0, 1.5, (2, 1, 1, VOCAB)).astype(np.float32)
+  given = sampling.make(1, temperature=temperature)
+  levels = np.arange(count)[None]
+  every = lambda x: np.broadcast_to(x, (1, count, VOCAB))
+  drawn, guessed = (
+    np.asarray(sampling.argmax(sampling.coupled(every(x), levels, given)))
+    for x in (target, drafter)
+  )
+  p, q = (
+    np.asarray(sampling.probabilities(x, given))[0, 0]
+    for x in (target, drafter)
+  )
+  distance = 0.5 * np.abs(p - q).sum()
+  assert distance > 0.2
+  agree = (drawn == guessed).mean()
+  assert agree > (1 - distance) / (1 + distance) - 0.02
+  assert agree > p[q.argmax()] + 0.05  # what no noise would have given
+
+
 # -- settings ----------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ from spec_stream.models.config import ModelConfig
 from spec_stream.models.prune import Prune
 from spec_stream.models.transformer import Transformer
 from spec_stream.rules import RULES
-from spec_stream.sampling import Sampling
+from spec_stream.sampling import Sampling, coupled, next_positions
 from spec_stream.tree import TokenTree, TreeSpec
 
 
@@ -95,6 +95,21 @@ class Drafter:
     """[B, A - 1, V] probabilities that the nodes of each depth of its last
     draft were drawn from, siblings without replacement: see `accept`."""
     raise NotImplementedError
+
+  def guess(
+    self, accepted: Accepted, logits: jax.Array, level: int | None = None
+  ) -> jax.Array:
+    """Logits [B, n, V] with which its drafts are to be chosen.
+
+    level: how many drafted tokens stand before those that `logits` are of; None
+    if they are of 0 .. n - 1.
+    """
+    if self.rule != "exact" or accepted.sampling is None:
+      return logits
+    levels = next_positions(accepted.position, logits.shape[1])
+    if level is not None:
+      levels = levels[:, :1] + level
+    return coupled(logits, levels, accepted.sampling)
 
   def init(self, params: Params, batch: int, slots: int) -> Any:
     """The drafter's own state, a pytree of arrays (or None).

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from spec_stream.cache import KVCache, commit
-from spec_stream.drafters.grow import grow
+from spec_stream.drafters.grow import Guess, grow
 from spec_stream.tree import TokenTree, TreeSpec
 
 # (tokens [B, T], features [B, T, D] or None, positions [B, T], mask [B, T, T],
@@ -42,6 +42,7 @@ def propose(
   root: jax.Array,
   tree: TreeSpec,
   length: int,
+  guess: Guess,
 ) -> tuple[TokenTree, KVCache]:
   """The next tree and the cache with what was accepted.
 
@@ -52,7 +53,7 @@ def propose(
     last: [B] the row that says what follows the root.
     count: [B] rows to commit: last + 1, or last if the root's own row will be
       run again with the next call.
-    root: [B]; tree, length: see `grow`.
+    root: [B]; tree, length, guess: see `grow`.
   """
   batch, size = tokens.shape
   start, order = cache.length, jnp.arange(size)
@@ -93,5 +94,5 @@ def propose(
 
   nothing = jnp.zeros((batch, 1, 0), bool)
   carry = (cache.layers, None if features is None else first, nothing, 0)
-  draft = grow(tree, length, root, logits(first)[:, 0], carry, extend)
+  draft = grow(tree, length, root, logits(first)[:, 0], carry, extend, guess)
   return draft, cache.replace(length=committed)

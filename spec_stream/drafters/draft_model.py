@@ -13,6 +13,7 @@ distribution: `train.teacher=WORKDIR`.
 """
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 
@@ -84,4 +85,5 @@ class DraftModel(TreeDrafter):
       accepted.root,
       self.tree,
       self.length,
+      functools.partial(self.guess, accepted),
     )

@@ -27,6 +27,7 @@ Letters: B batch row, T positions, W nodes of a level, D width, n fused layers.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -188,4 +189,5 @@ class EagleDraft(TreeDrafter):
       accepted.root,
       self.tree,
       self.length,
+      functools.partial(self.guess, accepted),
     )

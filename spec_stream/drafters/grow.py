@@ -28,6 +28,9 @@ from spec_stream.tree import TokenTree, TreeSpec, join, root_only, top
 # (carry, tokens [B, W], parents [B, W] in the level before) -> (logits
 # [B, W, V] of what follows each token, carry)
 Extend = Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, Any]]
+# (logits [B, W, V], drafted tokens before them) -> those to choose by; a
+# drafter's `guess`.
+Guess = Callable[[jax.Array, int], jax.Array]
 
 
 def resolve(tree: TreeSpec, length: int, vocab_size: int) -> TreeSpec:
@@ -65,6 +68,7 @@ def grow(
   logits: jax.Array,
   carry: Any,
   extend: Extend,
+  guess: Guess,
 ) -> TokenTree:
   """The tree [B, M] below `root`.
 
@@ -74,18 +78,20 @@ def grow(
     logits: [B, V] of what follows the root.
     carry: what `extend` needs to know of the root.
     extend: asked once for each level but the last.
+    guess: of what its and the first logits are made.
   """
   if tree.num_nodes == 1:
     return root_only(root)
   length = tree.reach(length) - 1
   if tree.paths:
-    return _fixed(tree.paths, root, logits, carry, extend)
+    return _fixed(tree.paths, root, logits, carry, extend, guess)
   beam, budget, width = tree.kind == "beam", tree.num_nodes - 1, tree.width
   size = width if beam else budget  # nodes of a level that can matter
   levels, offset = [], 0
   score, place = jnp.zeros_like(logits[:, :1]), jnp.full((1, 1), -1)
   logits = logits[:, None]
   for level in range(length):
+    logits = guess(logits, level)
     log_probs, tokens = top(jax.nn.log_softmax(logits, -1), width)
     flat = lambda x: x.reshape(x.shape[0], -1)
     joint = flat(score[..., None] + log_probs)
@@ -121,7 +127,7 @@ def _survivors(levels):
   return out[::-1]
 
 
-def _fixed(paths, root, logits, carry, extend) -> TokenTree:
+def _fixed(paths, root, logits, carry, extend, guess) -> TokenTree:
   """`paths`: sorted by length, as `check_paths` has them."""
   tokens, scores = [root[:, None]], [jnp.zeros_like(logits[:, :1])]
   asked, score, logits = [()], scores[0], logits[:, None]
@@ -129,7 +135,8 @@ def _fixed(paths, root, logits, carry, extend) -> TokenTree:
     here = [path for path in paths if len(path) == depth]
     parent = np.array([asked.index(path[:-1]) for path in here])
     rank = np.array([path[-1] for path in here])
-    log_probs, found = top(jax.nn.log_softmax(logits, -1), 1 + int(rank.max()))
+    log_probs = jax.nn.log_softmax(guess(logits, depth - 1), -1)
+    log_probs, found = top(log_probs, 1 + int(rank.max()))
     token = found[:, parent, rank]
     score = score[:, parent] + log_probs[:, parent, rank]
     tokens.append(token)

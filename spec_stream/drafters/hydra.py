@@ -120,6 +120,12 @@ class HydraDraft(TreeDrafter):
     before = embed(accepted.root)[:, None, None]
     logits = own.logits(hidden, before, 1)[:, 0]
     tree = grow.grow(
-      self.tree, self.length, accepted.root, logits, before, extend
+      self.tree,
+      self.length,
+      accepted.root,
+      logits,
+      before,
+      extend,
+      functools.partial(self.guess, accepted),
     )
     return tree, state

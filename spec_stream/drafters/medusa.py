@@ -110,4 +110,5 @@ class MedusaDraft(TreeDrafter):
     hidden = accepted.last_hidden[:, None]
     heads = range(1, max(self.longest, 2))
     logits = [params.own.logits(hidden, j) for j in heads]
-    return self.tree.build(accepted.root, jnp.concatenate(logits, 1)), state
+    logits = self.guess(accepted, jnp.concatenate(logits, 1))
+    return self.tree.build(accepted.root, logits), state

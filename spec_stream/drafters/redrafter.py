@@ -20,6 +20,7 @@ Letters: B batch row, R rows, W nodes of a level, D width, V vocabulary.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -128,6 +129,12 @@ class RecurrentDraft(TreeDrafter):
     first = embed(accepted.root)[:, None]
     logits = own.logits(first, hidden)[:, 0]
     tree = grow.grow(
-      self.tree, self.length, accepted.root, logits, first, extend
+      self.tree,
+      self.length,
+      accepted.root,
+      logits,
+      first,
+      extend,
+      functools.partial(self.guess, accepted),
     )
     return tree, state

@@ -9,12 +9,16 @@ With `model.streams.correction_rank` R, a step beyond the paper, a drafted token
 adds a term of rank R to the logits of its children, R (D + V) parameters, and
 the tree grows level by level.
 
+Where requests sample, candidates are ranked with the noise that the target will
+meet (`Drafter.guess`).
+
 Under the rule "rejection" the candidates are not the most probable but drawn
 from the streams' distributions at the request's own temperature and filters,
 without replacement: the k largest of logits and Gumbel noise.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -120,7 +124,8 @@ class StreamDraft(Drafter):
     if self.rule == "rejection" and self.num_nodes > 1:
       return self._drawn(logits, accepted)
     if target.config.streams.correction_rank:
-      return self._grown(target, accepted.root, logits), state
+      return self._grown(target, accepted, logits), state
+    logits = self.guess(accepted, logits)
     return self.tree.build(accepted.root, logits), state
 
   def _drawn(self, logits, accepted: Accepted):
@@ -138,7 +143,7 @@ class StreamDraft(Drafter):
     tree = from_paths(accepted.root, chosen, tokens, self.tree.paths)
     return tree, jnp.exp(log_probs.astype(jnp.float32))
 
-  def _grown(self, target: Transformer, root, logits) -> TokenTree:
+  def _grown(self, target: Transformer, accepted, logits) -> TokenTree:
     """Stream j's logits [B, J, V] with what the token before it adds."""
 
     def follow(level, tokens):
@@ -148,5 +153,7 @@ class StreamDraft(Drafter):
     def extend(level, tokens, parents):
       return follow(level, tokens), level + 1
 
+    root = accepted.root
     first = follow(0, root[:, None])[:, 0]
-    return grow.grow(self.tree, self.num_streams, root, first, 1, extend)
+    guess = functools.partial(self.guess, accepted)
+    return grow.grow(self.tree, self.num_streams, root, first, 1, extend, guess)
