@@ -13,4 +13,6 @@ export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 "$PYTHON" -m ruff format --diff --quiet . ||
   fail "some files are not formatted: run 'ruff format .'"
 # Compiling takes most of the time and one core: a file of tests on each of two.
-exec "$PYTHON" -m pytest -n 2 --dist loadfile "$@"
+# In the order of their names: else files of few tests, each of minutes, come
+# last, and one core waits for the other.
+exec "$PYTHON" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -7,7 +7,10 @@ import pathlib
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Hundreds of tiny programs: LLVM's optimiser would take most of the time, and
 # what XLA itself does to a program stays. `XLA_FLAGS= pytest` leaves it on.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault(
+  "XLA_FLAGS",
+  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+)
 
 import hypothesis
 import jax

@@ -48,8 +48,23 @@ def same(a, b):
     assert x.dtype == b[path].dtype and np.array_equal(x, b[path]), path
 
 
-@pytest.mark.parametrize("streams", [LORA, LOSSLESS, PLAIN], ids=str)
-@pytest.mark.parametrize("shard_bytes", [export.GB, 9000])
+@pytest.mark.parametrize(
+  "streams, shard_bytes",
+  [
+    (LORA, export.GB),
+    (LOSSLESS, 9000),
+    *(
+      pytest.param(*case, marks=pytest.mark.slow)
+      for case in [
+        (LORA, 9000),
+        (LOSSLESS, export.GB),
+        (PLAIN, export.GB),
+        (PLAIN, 9000),
+      ]
+    ),
+  ],
+  ids=str,
+)
 def test_a_merged_run_comes_back_bit_for_bit(tmp_path, streams, shard_bytes):
   run = make_run(streams)
   notes = export.merge(run, tmp_path / "out", shard_bytes=shard_bytes)

@@ -35,7 +35,7 @@ STREAMS = StreamConfig(
   prune_rank=0,
 )
 COUNT = 64
-SHORT = ("llama", "opt")
+SHORT = ("llama",)
 TREES = TreeSpec("best_first", 9), TreeSpec("cartesian", width=2)
 
 

@@ -126,7 +126,9 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(
     assert np.array_equal(x, b[path]), path
 
 
-@pytest.mark.parametrize("kind", quant.DTYPES)
+@pytest.mark.parametrize(
+  "kind", ["int8", pytest.param("int4", marks=pytest.mark.slow)]
+)
 def test_a_quantised_base(source, tmp_path, monkeypatch, kind):
   pytest.importorskip("qwix")
   tiny.use_small_data(monkeypatch)

@@ -71,7 +71,6 @@ def call_all(name, calls, folder, small_data=True):
   """
   env = dict(os.environ, JAX_PLATFORMS="cpu")
   env["PYTHONPATH"] = os.pathsep.join(map(str, (LAUNCH, TESTS, TESTS.parent)))
-  env["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # compiles faster
   done = subprocess.run(
     [sys.executable, "-c", DRIVER, name, str(int(small_data))],
     input=json.dumps([*calls.values()]),

@@ -68,3 +68,17 @@ def test_python_snippet(folder):
 def test_scripts_of_the_readme_exist():
   for script in re.findall(r"launch/\w+\.(?:sh|py)", README):
     assert os.access(ROOT / script, os.R_OK), script
+
+
+@pytest.mark.parametrize(
+  "page",
+  [
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("*.md", "docs/*.md", "experiments/*/*.md")
+    for path in sorted(ROOT.glob(pattern))
+  ],
+)
+def test_links_lead_somewhere(page):
+  text = (ROOT / page).read_text()
+  for link in re.findall(r"\]\(([^)#:\s]+)\)", text):
+    assert ((ROOT / page).parent / link).exists(), link

@@ -55,6 +55,7 @@ def test_greedy_rows_are_those_of_plain_decoding(x64, tree):
     assert [x.token_ids for x in plain[1:]] == [x.token_ids for x in fast[1:]]
 
 
+@SLOW
 def test_a_row_in_a_batch_gives_what_it_gives_alone(x64):
   model = random_model(SHARED, 0)
   prompts, options = random_requests(0)
@@ -68,7 +69,7 @@ def test_a_row_in_a_batch_gives_what_it_gives_alone(x64):
 def test_typical_acceptance_in_the_loop(x64):
   """Greedy rows are those of plain decoding; the others accept more often."""
   calls = {"exact": 0, "typical": 0}
-  for seed in range(4):
+  for seed in range(2):
     model = random_model(SHARED, seed)
     prompts, options = random_requests(seed)
     options |= {"temperature": np.array([1.3, 0.0, 1.3]), "end_token": -1}
@@ -176,7 +177,7 @@ def test_200_000_continuations_of_a_trained_model(tmp_path, monkeypatch):
   tiny.train(str(tmp_path / "run"), train=settings)
   run = checkpoints.load_run(tmp_path / "run")
   prompt = run.tokenizer.encode_prompt("red green")
-  options = dict(max_new_tokens=4, temperature=1.0)
+  options = dict(max_new_tokens=4, temperature=1.5)
   rows, batches = 2000, 100
 
   def sample(drafter, offset):
