@@ -284,10 +284,14 @@ def of_run(
   """
   path = pathlib.Path(directory) / FILE
   ends = run.tokenizer.eos_ids
+  refill = settings.refill
   settings = dataclasses.replace(
     settings, end_token=ends, repeats=1, refill=False
   )
+  # As many for any batch but large ones, of which two must be had.
+  count = max(PROMPTS, 2 * settings.batch)
   about = {
+    "prompts": count,
     "run": _state(run.config, run.step, directory),
     "drafters": {
       name: place and _state(None, None, place)
@@ -312,16 +316,23 @@ def of_run(
   costs = devices.get(_key(here))
   if costs is not None:  # written with the acceptance it belongs to
     chosen = candidates(run.model, own, rule)
-    return CostModel(settings.batch, known, costs), chosen
+    return CostModel(settings.batch, known, costs, refill), chosen
   most = run.model.config.max_positions - settings.max_new_tokens
-  prompts = task.prompts(run, "validation", max(PROMPTS, 2 * settings.batch))
+  prompts = task.prompts(run, "validation", count)
   prompts = [p.token_ids for p in prompts if len(p.token_ids) <= most]
+  if len(prompts) < settings.batch:
+    raise UserError(
+      f"--tree=auto: of {count} prompts of the validation split, "
+      f"{len(prompts)} leave room for {settings.max_new_tokens} new tokens in "
+      f"{run.model.config.max_positions} positions, and a batch of "
+      f"{settings.batch} needs as many: lower --max_new_tokens or --batch"
+    )
   found, chosen = measure(
     run.model, prompts, own, settings, rule, known, progress
   )
   texts[_key(about)], devices[_key(here)] = found.acceptance, found.costs
   task.write_json(path, _to_json(kept))
-  return found, chosen
+  return dataclasses.replace(found, refill=refill), chosen
 
 
 def _state(config: dict | None, step: int | None, workdir) -> dict:

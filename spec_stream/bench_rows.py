@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from scipy import stats
 
 from spec_stream import sampling, ties
 from spec_stream.bench import NOISE, Measured, Settings
@@ -113,6 +114,10 @@ def note(rows: Sequence[dict]) -> str:
     f"{noise['device']}, {noise['dtype']}, jax {noise['jax']}, "
     f"{noise['prompts']} prompts of {noise['dataset']}, batch {noise['batch']}"
   )
+  if noise["refill"]:
+    words.append(
+      "prefills included; intervals of 3 repeats and more, of the clock alone"
+    )
   for rule in dict.fromkeys(r["accept"] for r in rows if not r["lossless"]):
     words.append(f"accept={rule} is NOT lossless: it changes what is drawn")
   return "; ".join(words) + "."
@@ -223,21 +228,20 @@ def ratio_with_interval(
   method: tuple[np.ndarray, np.ndarray],
   seed: int = 0,
 ) -> tuple[float | None, float | None, float | None]:
-  """-> (how much faster, and the ends of its 95 % bootstrap interval).
+  """-> (how much faster, and the ends of its 95 % interval).
 
   base, method: ([repeats, n] seconds, [n] tokens) of the same prompts (or
-  batches). The prompts are drawn anew RESAMPLES times, for both together
-  (paired), and the same ones for each pair of methods; of a single batch the
-  repeats are. None where nothing was decoded, and for the interval of one time.
+  batches). A bootstrap: the prompts are drawn anew RESAMPLES times, for both
+  together (paired), and the same ones for each pair of methods. Of a single
+  batch Student's t of the repeats' log ratios: so few cannot be drawn from, and
+  it is of the clock alone. None where nothing was decoded, and for the interval
+  of fewer than 3 repeats.
   """
   if not (base[1].sum() and method[1].sum()):
     return None, None, None
-  base, method = (
-    (x[0][:, 0], np.tile(x[1], len(x[0])))
-    if len(x[1]) == 1
-    else (x[0].sum(0), x[1] * len(x[0]))
-    for x in (base, method)
-  )
+  if len(base[1]) == 1:
+    return _of_repeats(base, method)
+  base, method = ((x[0].sum(0), x[1] * len(x[0])) for x in (base, method))
   size = len(base[0])
   drawn = np.random.default_rng(seed).integers(0, size, (RESAMPLES, size))
   at = np.concatenate([np.arange(size)[None], drawn])  # first: as measured
@@ -246,10 +250,20 @@ def ratio_with_interval(
     x[0][at].sum(1) / np.maximum(x[1][at].sum(1), 1) for x in (base, method)
   ]
   ratio = rate[0] / rate[1]
-  if size == 1:
-    return float(ratio[0]), None, None
   low, high = np.percentile(ratio[1:], [2.5, 97.5])
   return float(ratio[0]), float(low), float(high)
+
+
+def _of_repeats(base, method) -> tuple[float, float | None, float | None]:
+  """`ratio_with_interval` of one batch."""
+  tokens = float(method[1][0] / base[1][0])
+  ratio = tokens * float(base[0].sum() / method[0].sum())
+  logs = np.log(tokens * base[0][:, 0] / method[0][:, 0])
+  if len(logs) < 3:
+    return ratio, None, None
+  width = stats.t.ppf(0.975, len(logs) - 1) * stats.sem(logs)
+  low, high = np.exp(logs.mean() + np.array([-width, width]))
+  return ratio, float(low), float(high)
 
 
 def _tokens(result: Measured, first: bool = True) -> np.ndarray:

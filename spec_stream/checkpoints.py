@@ -246,11 +246,13 @@ class Saver:
           meta=ocp.args.JsonRestore(),
         ),
       )
-    kept = manifest.parse(json.dumps(restored.meta))
+      kept = manifest.parse(json.dumps(restored.meta))
     where = str(self._directory / str(step))
     opt_state = manifest.leaves(restored.optimizer)
     manifest.check_digests(kept.get("digests"), restored.weights, where)
-    manifest.check_digests(kept.get("optimizer"), opt_state, where)
+    manifest.check_digests(
+      kept.get("optimizer"), opt_state, where, group="optimizer/"
+    )
     return restored.weights, restored.optimizer
 
   def wait(self):

@@ -240,6 +240,7 @@ def speed(entry: Entry, about: dict, drafter: StreamDraft) -> dict:
   asked = about | {
     "method": drafter.name,
     "batch": 1,
+    "refill": False,
     "tree": drafter.tree.kind,
     "tree_nodes": drafter.num_nodes,
     "tree_width": drafter.tree.width,
@@ -250,7 +251,8 @@ def speed(entry: Entry, about: dict, drafter: StreamDraft) -> dict:
     "repetition_penalty": 1.0,
     "accept": drafter.rule,
   }
-  old = {"repetition_penalty": 1.0}  # rows from before there was one
+  # Of rows from before there were such settings.
+  old = {"repetition_penalty": 1.0, "refill": False}
   for found in rows[::-1]:
     found = old | found
     if all(found.get(name) == value for name, value in asked.items()):

@@ -16,6 +16,7 @@ Letters: P calibration prompts, J tokens ahead, M nodes (root included).
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,11 +92,13 @@ class CostModel:
 
   acceptance: of a nested drafter by its name, of others by setting.
   costs: by setting; of plain decoding by ("none", 1, 0, 0).
+  refill: whether rows go on with the next prompt, and none waits for another.
   """
 
   batch: int
   acceptance: dict[Any, Acceptance]
   costs: dict[Setting, float]
+  refill: bool = False
 
   def predict(self, drafter: Drafter) -> Prediction | None:
     """None if it is none of those that were measured, or between them."""
@@ -113,8 +116,8 @@ class CostModel:
       if nodes > found.accepted.shape[2] or length > found.accepted.shape[1]:
         return None
       steps = found.steps_of(nodes, length)
-    plain = _passes(found.tokens - 1, self.batch)
-    drafted = _passes(steps, self.batch)
+    passes = np.sum if self.refill else functools.partial(_passes, self.batch)
+    plain, drafted = passes(found.tokens - 1), passes(steps)
     calls = found.tokens.sum() / (len(steps) + steps.sum())
     return Prediction(drafter, calls, cost, plain / drafted / cost)
 
@@ -176,6 +179,6 @@ def ahead(drafter: Drafter) -> int:
   return getattr(drafter, "length", drafter.num_streams)
 
 
-def _passes(steps: np.ndarray, batch: int) -> float:
+def _passes(batch: int, steps: np.ndarray) -> float:
   """Of the loop: a batch runs until its last row is done."""
   return sum(steps[i : i + batch].max() for i in range(0, len(steps), batch))

@@ -45,7 +45,7 @@ def shapes(arrays: Mapping[str, jax.Array]) -> dict[str, list]:
 
 def leaves(tree) -> dict[str, jax.Array]:
   """The arrays of an optimizer's tree, by number: they have no paths."""
-  return {f"optimizer/{i}": x for i, x in enumerate(jax.tree.leaves(tree))}
+  return {str(i): x for i, x in enumerate(jax.tree.leaves(tree))}
 
 
 def parse(text: str) -> dict:
@@ -56,6 +56,9 @@ def parse(text: str) -> dict:
     isinstance(found.get(name), dict | None) for name in groups
   ):
     raise ValueError("it must hold an object of objects")
+  for path, x in (found.get("weights") or {}).items():
+    if not (isinstance(x, list) and len(x) == 2 and isinstance(x[0], list)):
+      raise ValueError(f"{path!r:.60} has no shape and type")
   return found
 
 
@@ -79,11 +82,16 @@ ADVICE = (
 
 
 def check_digests(
-  kept: Mapping | None, arrays: Mapping, where: str, advice: str = ADVICE
+  kept: Mapping | None,
+  arrays: Mapping,
+  where: str,
+  advice: str = ADVICE,
+  group: str = "",
 ):
   """Raises: UserError if numbers are not those that were saved.
 
   kept: what `digests` gave; None for checkpoints from before there were any.
+  group: what stands before paths in words.
   """
   if kept is None:
     return
@@ -92,7 +100,7 @@ def check_digests(
   if wrong:
     raise UserError(
       f"{where} is damaged: the numbers of {len(wrong)} arrays, such as "
-      f"{wrong[0]}, are not those that were saved; {advice}"
+      f"{group}{wrong[0]}, are not those that were saved; {advice}"
     )
 
 

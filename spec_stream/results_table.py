@@ -166,6 +166,11 @@ def notes(rows):
     "“decoding” leaves the prompt out, “request” counts it. Step cost is one "
     "verify step in plain steps."
   ]
+  if any(r.get("refill") for r in rows):
+    said.append(
+      "Rows were refilled: one loop decodes all prompts, both speed-ups count "
+      "the prompts, and intervals are over repeats."
+    )
   noise = [r for r in rows if r.get("noise_low") is not None]
   if noise and noise[0].get("noise_high") is not None:
     low, high = noise[0]["noise_low"], noise[0]["noise_high"]

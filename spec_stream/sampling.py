@@ -187,7 +187,10 @@ def filtered(
   if sampling.greedy:
     return logits
   temperature = sampling.temperature[:, None, None]
-  scaled = logits / jnp.where(temperature > 0, temperature, 1)
+  # Below that nothing is left to chance, and logits must not become infinite.
+  scaled = logits / jnp.where(
+    temperature > 0, jnp.maximum(temperature, 1e-30), 1
+  )
   if sampling.filtered:
     scaled = filter_logits(
       scaled, sampling.top_k, sampling.top_p, sampling.min_p
@@ -207,6 +210,14 @@ def probabilities(
   return jnp.where(warm, jax.nn.softmax(logits, -1), greedy)
 
 
+def _gumbel(logits, depth, position, longest, sampling) -> jax.Array:
+  """[B, M, V] noise of the draw at each node, which is for the next token; made
+  once per depth."""
+  levels = next_positions(position, longest)  # [B, A]
+  gumbel = noise(sampling.seed, levels, logits.shape[-1])
+  return jnp.take_along_axis(gumbel, depth[..., None], 1)
+
+
 def scores(
   logits: jax.Array,
   depth: jax.Array,
@@ -219,38 +230,40 @@ def scores(
   logits = filtered(logits, sampling, seen)
   if sampling.greedy:
     return logits
-  # Noise once per depth: the draw of a node at depth d is for the next token.
-  levels = next_positions(position, longest)  # [B, A]
-  gumbel = noise(sampling.seed, levels, logits.shape[-1])
-  gumbel = jnp.take_along_axis(gumbel, depth[..., None], 1)
+  gumbel = _gumbel(logits, depth, position, longest, sampling)
   warm = sampling.temperature[:, None, None] > 0
   return jnp.where(warm, logits + gumbel, logits)
 
 
 def coupled(
-  logits: jax.Array, position: jax.Array, sampling: Sampling
+  logits: jax.Array,
+  depth: jax.Array,
+  position: jax.Array,
+  longest: int,
+  sampling: Sampling,
 ) -> jax.Array:
-  """A drafter's logits with the noise that the target will meet, so that its
-  most probable token is what it expects the target to draw.
+  """Guesses at the target's draw: a drafter's logits with the target's noise.
 
   Two draws with the same Gumbel noise agree with a probability of at least
   (1 - d) / (1 + d), d the distance in total variation between the two
   distributions (Daliri et al., 2408.07978); the token that is most probable
-  without noise agrees as often as the target happens to draw it. Times the
-  temperature: what remains open is the difference between the logits of drafter
-  and target, which the temperature does not change.
+  without noise agrees as often as the target happens to draw it.
 
-  Args:
-    logits: [B, n, V] of a drafter, at temperature 1.
-    position: [B, n] or [B, 1], absolute, of the tokens that are guessed.
-    sampling: of the B requests; a penalty is left out.
+  Of `scores` times the temperature: what remains open is the difference between
+  the logits of drafter and target, which the temperature does not change. A
+  penalty is left out. Arguments as of `draw`; logits [B, M, V] at temperature
+  1, depth [B, M] or [M].
   """
   if sampling.greedy:
     return logits
+  depth = jnp.broadcast_to(depth, logits.shape[:2])
+  gumbel = _gumbel(logits, depth, position, longest, sampling)
   temperature = sampling.temperature[:, None, None]
-  gumbel = noise(sampling.seed, position, logits.shape[-1])
-  warm = temperature * (filtered(logits, sampling) + gumbel)
-  return jnp.where(temperature > 0, warm, logits)
+  # Beyond that it is all noise, and must not become infinite.
+  guess = logits + jnp.minimum(temperature, 1e4) * gumbel
+  if sampling.filtered:
+    guess = jnp.where(filtered(logits, sampling) > -jnp.inf, guess, -jnp.inf)
+  return jnp.where(temperature > 0, guess, logits)
 
 
 def draw(

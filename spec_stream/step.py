@@ -24,6 +24,7 @@ from spec_stream.models.prune import prune
 from spec_stream.models.transformer import ALL, causal_mask, forward
 from spec_stream.sampling import (
   Sampling,
+  coupled,
   draw,
   next_positions,
   noise,
@@ -157,6 +158,9 @@ def step(params: Params, drafter: Drafter, state: DecodeState) -> DecodeState:
 
       def keep(early):
         logits = model.early_logits(early)
+        if drafter.rule == "exact":  # by what the drafts were chosen by
+          at = cache.length
+          logits = coupled(logits, tree.depth, at, longest, state.sampling)
         kept, nodes = prune(tree, logits, drafter.prune, longest)
         return nodes, kept
 

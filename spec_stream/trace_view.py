@@ -268,6 +268,6 @@ def _words(node, kind, own):
   parts = [f"“{visible(node['text'])}”", words]
   if own is not None:
     path = math.exp(min(node["log_prob"], 0.0))
-    parts.append(f"probability {significant(own)} after its parent")
+    parts.append(f"thought {significant(own)} probable after its parent")
     parts.append(f"{significant(path)} along the path")
   return escape(", ".join(parts))

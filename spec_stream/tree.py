@@ -34,7 +34,9 @@ class TokenTree:
   tokens: jax.Array  # [B, M] int32, -1 where the node is dead
   parents: jax.Array  # [B, M] int32, -1 at the root
   depth: jax.Array  # [B, M] int32, 0 at the root
-  log_prob: jax.Array  # [B, M] drafter's log-probability of the path to a node
+  # [B, M] drafter's log-probability of the path to a node; where it knows the
+  # noise that the target will meet, of the target drawing it.
+  log_prob: jax.Array
 
   @property
   def num_nodes(self) -> int:

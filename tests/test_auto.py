@@ -120,6 +120,9 @@ def test_a_batch_runs_until_its_last_row_is_done():
   batch = CostModel(2, {"streams": slow}, costs).predict(streams(2, 1))
   assert alone.speedup == pytest.approx(40 / (10 + 20 / 1.5) / 1.2)
   assert batch.speedup == pytest.approx(20 / (20 / 1.5) / 1.2)
+  # Unless it goes on with the next prompt.
+  going = CostModel(2, {"streams": slow}, costs, refill=True)
+  assert going.predict(streams(2, 1)).speedup == pytest.approx(alone.speedup)
 
 
 def test_the_fastest_is_chosen_or_none():

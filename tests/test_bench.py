@@ -309,9 +309,20 @@ def test_of_one_batch_the_repeats_are_drawn():
     (np.array(base)[:, None], np.array([8])),
     (np.array(own)[:, None], np.array([8])),
   )
-  assert ask([3.0], [2.0]) == (1.5, None, None)
-  ratio, low, high = ask([2.0, 4.0], [2.0, 2.0])
-  assert (ratio, low, high) == (1.5, 1, 2)
+  assert ask([3.0], [2.0]) == ask([1.0, 2.0], [1.0, 1.0]) == (1.5, None, None)
+  # By hand: Student's t of 2 degrees of freedom is 4.303.
+  ratio, low, high = ask([1.0, 2.0, 4.0], [1.0, 1.0, 1.0])
+  width = 4.3027 * np.log(2) / np.sqrt(3)
+  assert ratio == pytest.approx(7 / 3)
+  expected = 2 * np.exp(-width), 2 * np.exp(width)
+  assert (low, high) == pytest.approx(expected, rel=1e-3)
+  # Nine in ten of equal methods' intervals, or more, hold 1 (19 in 20).
+  rng = np.random.default_rng(0)
+  held = 0
+  for _ in range(300):
+    _, low, high = ask(*np.exp(rng.normal(0, 0.03, (2, 3))))
+    held += low < 1 < high
+  assert 270 < held < 299
 
 
 # -- rows that go on with the next prompt ------------------------------------
@@ -321,7 +332,7 @@ def test_throughput_of_refilled_rows():
   """The same tokens as in batches, timed as a whole."""
   prompts = [[5 + i, 6, 7][: 1 + i % 3] for i in range(7)]
   limits = dict(max_new_tokens=9, end_token=3, seed=4, temperature=0.9)
-  settings = Settings(batch=3, refill=True, repeats=2, **limits)
+  settings = Settings(batch=3, refill=True, repeats=3, **limits)
   model = make_model(SMALL)
   methods = bench.plan(SMALL, [StreamDraft(TreeSpec(num_nodes=3))])
   methods = [methods[0], methods[-1]]
@@ -334,9 +345,9 @@ def test_throughput_of_refilled_rows():
   assert [g.token_ids for g in made[-1].generations] == tokens
   for row, result in zip(table, made, strict=True):
     assert row["refill"] and row["recompiles"] == 0
-    assert result.decode_seconds.shape == (2, 1)
+    assert result.decode_seconds.shape == (3, 1)
     assert row["step_ms"] is row["ms_to_first_token"] is None
-    seconds = result.decode_seconds.sum() / 2
+    seconds = result.decode_seconds.sum() / 3
     emitted = sum(len(g.token_ids) for g in result.generations)
     assert row["tokens_per_second"] == pytest.approx(emitted / seconds)
     assert row["ms_per_token"] == pytest.approx(1e3 * seconds / emitted)

@@ -225,6 +225,20 @@ def test_a_checkpoint_without_its_manifest_is_read_no_less(workdir, saved):
   assert same(checkpoints.load_run(workdir).model, saved[1])
 
 
+@pytest.mark.parametrize(
+  "text", ["[]", "{", '{"weights": {"a": 3}}', '{"weights": {"a": []}}']
+)
+def test_a_manifest_that_is_none(workdir, text):
+  (workdir / "checkpoints/5/meta/metadata").write_text(text)
+  refuses(workdir, "checkpoints/5")
+
+
+def test_manifests_number_the_arrays_of_an_optimizer():
+  """The keys of those that were saved must be those that are looked for."""
+  arrays = manifest.leaves({"mu": jnp.zeros(2), "nu": (jnp.ones(2),)})
+  assert list(arrays) == ["0", "1"]
+
+
 def test_what_is_missing_is_named(workdir, tmp_path):
   refuses(tmp_path / "nowhere", "nowhere: no such directory")
   refuses(tmp_path, "no config.json")

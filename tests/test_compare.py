@@ -151,7 +151,7 @@ def test_a_speed_up_is_one_that_was_measured(folder, tmp_path):
     "step": 2, "dataset": "e2e_nlg", "tree": "chain", "tree_nodes": 8,
     "temperature": 0.5, "method": "none", "kept_nodes": 2, "num_streams": 1,
     "batch": 8, "device": "gpu", "accept": "typical",
-    "repetition_penalty": 1.3,
+    "repetition_penalty": 1.3, "refill": True,
   }  # fmt: skip
   lines += [row | {name: x, "speedup": 9.0} for name, x in others.items()]
   path = tmp_path / "results.jsonl"

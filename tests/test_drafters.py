@@ -130,10 +130,13 @@ TRAINED = {
 }
 
 
-def test_a_model_that_drafts_for_itself_is_always_right(x64):
+@pytest.mark.parametrize(
+  "tree", [TreeSpec("chain"), TreeSpec("best_first", 4, 1)], ids=str
+)
+def test_a_model_that_drafts_for_itself_is_always_right(x64, tree):
   """Sampled as well: drafts meet the noise that the target will meet."""
   model, _ = make(CASES["draft_model"], 2)
-  drafter = registry.get("draft_model").of(TreeSpec("chain"), 3, Prune())
+  drafter = registry.get("draft_model").of(tree, 3, Prune())
   prompts, options = random_requests(2, 4)
   options |= dict(
     temperature=np.array([0.0, 0.3, 1.0, 1.7]), max_new_tokens=13, end_token=-1

@@ -11,7 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spec_stream import sampling
+from spec_stream.drafters.base import Accepted
+from spec_stream.drafters.streams import StreamDraft
 from spec_stream.errors import UserError
+from spec_stream.tree import TreeSpec
 
 SEEDS = st.integers(0, 2**32 - 1)
 VOCAB = 9
@@ -257,18 +260,58 @@ def test_a_guess_from_the_targets_own_logits_is_its_draw(seed):
     seed=rng.integers(0, 2**32, 4),
   )
   position = rng.integers(0, 99, 4).astype(np.int32)
-  levels = sampling.next_positions(position, 3)
-  guess = sampling.coupled(logits, levels, given)
-  depth = np.tile(np.arange(3), (4, 1))
+  depth = np.tile([0, 2, 1], (4, 1))
+  guess = sampling.coupled(logits, depth, position, 3, given)
   drawn = draw(logits, depth, position, longest=3, sampling=given)
   np.testing.assert_array_equal(sampling.argmax(guess), drawn)
   np.testing.assert_array_equal(guess[0], logits[0])  # greedy
   # By the definition: logits and the temperature times the noise.
-  gumbel = noise(given.seed, levels, size=VOCAB)
+  gumbel = noise(given.seed, position[:, None] + 1 + depth, size=VOCAB)
   kept = np.isfinite(guess[1])
   assert (kept.sum(-1) == 3).all()
   expected = logits[1] + 0.5 * gumbel[1]
   np.testing.assert_allclose(guess[1][kept], expected[kept], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["best_first", "cartesian"])
+def test_trees_of_any_temperature_are_trees(kind):
+  """Also where all is noise, and where filters leave fewer than have room."""
+  rng = np.random.default_rng(0)
+  logits = rng.normal(0, 3, (64, 3, VOCAB)).astype(np.float32)
+  spec = TreeSpec(kind, 12 if kind == "best_first" else 0, 0).resolve(3, VOCAB)
+  root, position = np.zeros(64, np.int32), np.arange(64, dtype=np.int32)
+  depth = np.tile(np.arange(3), (64, 1))
+  for temperature in (1e-40, 1e-20, 1.0, 1e20, 3e38):
+    for rest in ({}, dict(top_k=1), dict(top_p=0.5, min_p=0.3)):
+      given = sampling.make(64, temperature, seed=np.arange(64), **rest)
+      guess = sampling.coupled(logits, np.arange(3), position, 3, given)
+      if temperature < 1e-10:  # as if greedy
+        drawn = draw(logits, depth, position, longest=3, sampling=given)
+        np.testing.assert_array_equal(drawn, logits.argmax(-1))
+      tree = spec.build(root, guess)
+      assert not np.isnan(tree.log_prob).any()
+      above = np.take_along_axis(
+        np.asarray(tree.depth), np.maximum(tree.parents, 0), 1
+      )
+      is_root = np.asarray(tree.parents) < 0
+      assert (np.where(is_root, 0, above + 1) == tree.depth).all()
+      assert (is_root.sum(1) == 1).all()
+
+
+def test_a_drafters_guess_is_of_the_positions_after_the_root():
+  logits = np.random.default_rng(0).normal(0, 2, (2, 4, VOCAB))
+  accepted = Accepted(
+    *[None] * 6,
+    sampling=sampling.make(2, temperature=0.7, seed=[3, 4]),
+  ).replace(position=np.array([5, 11], np.int32))
+  drafter = StreamDraft()
+  whole = drafter.guess(accepted, logits)
+  after = np.array([[6, 7, 8, 9], [12, 13, 14, 15]])
+  gumbel = noise(accepted.sampling.seed, after, size=VOCAB)
+  np.testing.assert_allclose(whole, logits + 0.7 * gumbel, atol=1e-5)
+  for level in range(4):
+    one = drafter.guess(accepted, logits[:, level : level + 1], level)
+    np.testing.assert_array_equal(one[:, 0], whole[:, level])
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
@@ -277,11 +320,12 @@ def test_guesses_agree_as_often_as_is_promised(temperature):
   rng, count = np.random.default_rng(0), 4000
   target, drafter = rng.normal(0, 1.5, (2, 1, 1, VOCAB)).astype(np.float32)
   given = sampling.make(1, temperature=temperature)
-  levels = np.arange(count)[None]
-  every = lambda x: np.broadcast_to(x, (1, count, VOCAB))
+  depth = np.arange(count)[None]
+  guess = lambda x: sampling.coupled(
+    np.broadcast_to(x, (1, count, VOCAB)), depth, np.zeros(1, int), count, given
+  )
   drawn, guessed = (
-    np.asarray(sampling.argmax(sampling.coupled(every(x), levels, given)))
-    for x in (target, drafter)
+    np.asarray(sampling.argmax(guess(x))) for x in (target, drafter)
   )
   p, q = (
     np.asarray(sampling.probabilities(x, given))[0, 0]

@@ -14,8 +14,15 @@ def last_of_each_batch(rows: list[dict]) -> dict[int, list[dict]]:
   """The rows of the newest benchmark of each batch, by batch."""
   runs = {}
   for row in rows:
-    runs.setdefault(row["run_id"], []).append(row)
+    if "predicted_speedup" in row:
+      runs.setdefault(row["run_id"], []).append(row)
   return dict(sorted((run[0]["batch"], run) for run in runs.values()))
+
+
+def interval(row: dict) -> str:
+  if row["speedup_low"] is None:  # of a single batch
+    return ""
+  return f"[{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"
 
 
 def error(row: dict) -> float:
@@ -37,21 +44,19 @@ def render(rows: list[dict]) -> str:
         f"{row['predicted_tokens_per_call']:.2f}, "
         f"{row['tokens_per_call']:.2f} | {row['predicted_step_cost']:.2f}, "
         f"{row['step_cost']:.2f} | {row['predicted_speedup']:.2f} | "
-        f"{row['speedup']:.2f} [{row['speedup_low']:.2f}, "
-        f"{row['speedup_high']:.2f}] | {errors[-1]:+.0f} % |"
+        f"{row['speedup']:.2f} {interval(row)} | {errors[-1]:+.0f} % |"
       )
     best = max(trees, key=lambda r: r["speedup"])
-    (auto,) = [r for r in run if r["method"].endswith(" (auto)")]
+    # "auto (streams)" until 44ce1f9.
+    (auto,) = [r for r in run if "auto" in r["method"]]
     tree = "none"
     if auto["tree_nodes"] > 1:
       tree = f"{auto['tree_nodes']} nodes, J = {auto['num_streams']}"
     chosen.append(
       f"| {batch} | {plain['tokens_per_second']:.0f} | {tree} | "
       f"{auto['tokens_per_second']:.0f} | {auto['predicted_speedup']:.2f} | "
-      f"{auto['speedup']:.2f} [{auto['speedup_low']:.2f}, "
-      f"{auto['speedup_high']:.2f}] | {best['tree_nodes']} nodes: "
-      f"{best['speedup']:.2f} | [{noise['noise_low']:.2f}, "
-      f"{noise['noise_high']:.2f}] |"
+      f"{auto['speedup']:.2f} {interval(auto)} | {best['tree_nodes']} nodes: "
+      f"{best['speedup']:.2f} | {interval(noise)} |"
     )
   mean = sum(map(abs, errors)) / len(errors)
   return "\n".join(

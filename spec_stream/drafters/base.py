@@ -22,7 +22,7 @@ from spec_stream.models.config import ModelConfig
 from spec_stream.models.prune import Prune
 from spec_stream.models.transformer import Transformer
 from spec_stream.rules import RULES
-from spec_stream.sampling import Sampling, coupled, next_positions
+from spec_stream.sampling import Sampling, coupled
 from spec_stream.tree import TokenTree, TreeSpec
 
 
@@ -106,10 +106,12 @@ class Drafter:
     """
     if self.rule != "exact" or accepted.sampling is None:
       return logits
-    levels = next_positions(accepted.position, logits.shape[1])
-    if level is not None:
-      levels = levels[:, :1] + level
-    return coupled(logits, levels, accepted.sampling)
+    at, depth, longest = accepted.position, jnp.arange(logits.shape[1]), 1
+    if level is None:
+      longest = logits.shape[1]
+    else:  # all of one depth
+      at, depth = at + level, 0
+    return coupled(logits, depth, at, longest, accepted.sampling)
 
   def init(self, params: Params, batch: int, slots: int) -> Any:
     """The drafter's own state, a pytree of arrays (or None).
