@@ -337,7 +337,9 @@ def test_trace_marks_the_accepted_path_and_the_bonus(workdir):
   edges = [a["class"].split()[1] for a in page.classes("edge")]
   assert edges == ["accepted", "rejected", "rejected", "bonus", "bonus"]
   # The trace holds probabilities of paths; a node shows its own.
-  assert "“↵”, not accepted, probability 0.250 after its parent" in page.text
+  assert (
+    "“↵”, not accepted, thought 0.250 probable after its parent" in page.text
+  )
   assert "0.200 along the path" in page.text
 
 
