@@ -16,7 +16,7 @@ import pytest
 import tiny
 from jax.sharding import PartitionSpec as P
 
-from spec_stream import checkpoints, sharding, weights
+from spec_stream import checkpoints, manifest, sharding, weights
 from spec_stream.errors import UserError
 from spec_stream.hf.config import configure
 from spec_stream.models.config import (
@@ -174,6 +174,11 @@ def on_eight_devices(workdir):
       assert moment.sharding.mesh.size == 8
   shard = state.opt_state[-1][0].mu["embed/table"].addressable_shards[0]
   assert shard.data.shape == (5, 16)
+  # As many as a real model's: their programs must not wait for one another.
+  rows = jax.sharding.NamedSharding(mesh, P("fsdp", "tensor"))
+  many = {str(i): np.arange(i, i + 128.0).reshape(8, 16) for i in range(100)}
+  placed = {name: jax.device_put(x, rows) for name, x in many.items()}
+  assert manifest.digests(placed) == manifest.digests(jax.device_put(many))
   with checkpoints.Saver(workdir, keep=1) as saver:
     saver.save(2, state.weights, state.opt_state, tiny.iterator())
   other, _ = checkpoints.load_weights(
