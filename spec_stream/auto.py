@@ -214,7 +214,8 @@ def measure(
   Args:
     model: the target.
     prompts: token ids of the calibration prompts, none of those measured later;
-      of these as many whole batches as there are, two at the most, are timed.
+      of these as many whole batches as there are, two at the most, are timed:
+      at least a batch.
     drafters: {name: own weights or None}.
     settings: as they will be decoded.
     rule: of acceptance.
@@ -224,11 +225,6 @@ def measure(
   model = merge_lora(model)
   chosen = candidates(model, drafters, rule)
   batches = min(2, len(prompts) // settings.batch)
-  if not batches:
-    raise UserError(
-      f"--tree=auto has {len(prompts)} prompts to time steps with: a batch of "
-      f"{settings.batch} needs as many"
-    )
   if settings.max_new_tokens < 2:
     raise UserError("--tree=auto needs --max_new_tokens of 2 or more")
   found = dict(known or {})

@@ -1,6 +1,7 @@
 """The shape of a model and of its streams; frozen, hashable, json-able."""
 
 import dataclasses
+import difflib
 import functools
 import sys
 import typing
@@ -339,9 +340,11 @@ def make(cls, values: dict, where: str):
   values = _tuples(values)
   for key, value in values.items():
     if key not in kinds:
-      raise UserError(
-        f"{where} has no key '{key:.60}'; it has {', '.join(kinds)}"
+      near = difflib.get_close_matches(key, kinds, 1)
+      hint = (
+        f"did you mean '{near[0]}'?" if near else f"it has {', '.join(kinds)}"
       )
+      raise UserError(f"{where} has no key '{key:.60}'; {hint}")
     if not _is(value, kinds[key]):
       kind = kinds[key]
       words = kind if typing.get_args(kind) else kind.__name__
