@@ -162,10 +162,12 @@ def _help(program, configs):
   """The launcher's docstring, its flags, and the keys of a given config."""
   lines = [(sys.modules["__main__"].__doc__ or "").strip(), "", "Flags:"]
   for flag in sorted(_own_flags(program), key=lambda flag: flag.name):
-    default = "" if flag.default in (None, "") else f" (default {flag.default})"
+    unset = flag.default in (None, "", [])
+    default = "" if unset else f" (default {flag.default})"
+    words = re.sub(r";\s+repeat this option.*", "", flag.help)  # added by absl
     lines.append(f"  --{flag.name}")
     lines += textwrap.wrap(
-      f"{flag.help}{default}",
+      f"{words}{default}",
       width=80,
       initial_indent=" " * 6,
       subsequent_indent=" " * 6,

@@ -26,32 +26,18 @@ def main(argv):
   # Slow imports wait until the flags are known to be right.
   from spec_stream import sharding, weights
   from spec_stream.checkpoints import check_vocabulary
-  from spec_stream.data.pipeline import DataConfig
-  from spec_stream.hf import config as hf_config
-  from spec_stream.train.config import TrainConfig, resolve
+  from spec_stream.train import start
   from spec_stream.train.fit import fit
-  from spec_stream.train.start import prepare_tokenizer
 
-  config, workdir = _CONFIG.value, _WORKDIR.value
-  data = DataConfig(**config.data)
-  train = TrainConfig(**config.train)
-  model, checkpoint = hf_config.configure(
-    config.model.to_dict(), data.vocab_size
-  )
-  if checkpoint:
-    if train.init_from:
-      raise common.UserError(
-        "give model.checkpoint or train.init_from, not both: each is the base"
-      )
-    train = dataclasses.replace(train, init_from=checkpoint)
+  workdir = _WORKDIR.value
   # All that can be wrong is looked at before the data are.
-  mesh = sharding.make_mesh(**config.mesh)
+  model, data, train = start.configure(_CONFIG.value.to_dict())
+  mesh = sharding.make_mesh(**_CONFIG.value.mesh)
   sharding.check_batch(mesh, data.batch_size, train.accumulate)
-  model = resolve(model, train)
   sharding.weight_shardings(mesh, weights.shapes(model))
-  tokenizer = prepare_tokenizer(workdir, data, train)
-  if checkpoint:
-    check_vocabulary(tokenizer, model.vocab_size, checkpoint)
+  tokenizer = start.prepare_tokenizer(workdir, data, train)
+  if _CONFIG.value.model.checkpoint:
+    check_vocabulary(tokenizer, model.vocab_size, train.init_from)
   else:
     model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
   done = fit(workdir, model, data, train, tokenizer, mesh)

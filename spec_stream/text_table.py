@@ -35,13 +35,13 @@ COLUMNS = {
   "recompiles": _number("recompiles", "{}"),
   "extra weights": _number("extra_params", "{:,}"),
 }
-_LEFT = ("method", "tree")
+LEFT = ("run", "method", "tree")
 
 
 def render(rows: Sequence[dict]) -> str:
   """The table as text; a column that no row fills is left out."""
   cells = {name: [cell(row) for row in rows] for name, cell in COLUMNS.items()}
-  return table({n: texts for n, texts in cells.items() if any(texts)}, _LEFT)
+  return table({n: texts for n, texts in cells.items() if any(texts)}, LEFT)
 
 
 def table(

@@ -14,7 +14,7 @@ from spec_stream.models import config as model_config
 from spec_stream.models import transformer
 from spec_stream.models.config import FREE, ModelConfig
 from spec_stream.train import state as states
-from spec_stream.train.config import TrainConfig
+from spec_stream.train.config import TrainConfig, resolve
 
 # A run goes on under other values of these; any other change is another run.
 _MAY_CHANGE = {
@@ -22,6 +22,23 @@ _MAY_CHANGE = {
   | {"segment", "remat", "remat_logits"},  # bytes and time, not what is learned
   "data": {"data_dir", "manual_dir"},
 }
+
+
+def configure(given: dict) -> tuple[ModelConfig, DataConfig, TrainConfig]:
+  """The model that is trained, its data and its training, from the groups
+  model, data and train of a config file.
+
+  Raises: UserError if a value is wrong, or two contradict each other.
+  """
+  data, train = DataConfig(**given["data"]), TrainConfig(**given["train"])
+  model, checkpoint = hf_config.configure(given["model"], data.vocab_size)
+  if checkpoint:
+    if train.init_from:
+      raise UserError(
+        "give model.checkpoint or train.init_from, not both: each is the base"
+      )
+    train = dataclasses.replace(train, init_from=checkpoint)
+  return resolve(model, train), data, train
 
 
 def describe(model: ModelConfig, data: DataConfig, train: TrainConfig) -> dict:
