@@ -51,6 +51,7 @@ setup(
       "hypothesis>=6.100",  # property tests of trees and acceptance
       "pytest-xdist>=3.6",  # launch/test.sh runs two files of tests at a time
       "ruff==0.17.6",  # exact: releases format differently
+      "matplotlib>=3.9",  # plots of experiments/report.py
     ],
   },
 )

@@ -130,14 +130,35 @@ def _counts(result: Measured) -> dict:
   generations = result.generations
   tokens = sum(len(g.token_ids) for g in generations)
   calls = sum(g.target_calls for g in generations)
+  low, high = tokens_per_call_interval(generations)
   return {
     "prompts": len(generations),
     "tokens": tokens,
     "target_calls": calls,
     "tokens_per_call": tokens_per_call(generations),
+    "tokens_per_call_low": low,
+    "tokens_per_call_high": high,
     "tokens_per_call_by_position": tokens_per_call_by_position(generations),
     "accept_by_depth": accept_by_depth(generations),
   }
+
+
+def tokens_per_call_interval(
+  generations: Sequence[Generation], seed: int = 0
+) -> tuple[float | None, float | None]:
+  """Ends of the 95 % interval over prompts (bootstrap); None for fewer than 2.
+
+  The same prompts are drawn for each method, so that two of them compare.
+  """
+  size = len(generations)
+  if size < 2:
+    return None, None
+  tokens = np.array([len(g.token_ids) for g in generations])
+  calls = np.array([g.target_calls for g in generations])
+  drawn = np.random.default_rng(seed).integers(0, size, (RESAMPLES, size))
+  rates = tokens[drawn].sum(1) / calls[drawn].sum(1)
+  low, high = np.percentile(rates, [2.5, 97.5])
+  return float(low), float(high)
 
 
 def tokens_per_call_by_position(

@@ -10,7 +10,8 @@ _NUMBERS = (
   "ms_to_first_token tokens_per_second speedup speedup_low speedup_high "
   "speedup_request identical extra_params compile_seconds recompiles step_ms "
   "step_cost max_tie_margin noise_low noise_high predicted_speedup "
-  "predicted_tokens_per_call predicted_step_cost"
+  "predicted_tokens_per_call predicted_step_cost tokens_per_call_low "
+  "tokens_per_call_high"
 ).split()
 _TEXTS = (
   "run_id dataset mode tree accept device dtype jax commit date command "

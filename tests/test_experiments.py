@@ -1,10 +1,13 @@
 """What the experiments' own scripts do beyond calling the launchers."""
 
+import csv
 import dataclasses
 import gzip
 import importlib.util
 import json
 import pathlib
+import subprocess
+import sys
 
 import pytest
 import tiny
@@ -18,13 +21,17 @@ from spec_stream.models.config import to_dict
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-@pytest.fixture
-def own_outputs():
-  path = ROOT / "experiments" / "e2e_nlg" / "own_outputs.py"
-  spec = importlib.util.spec_from_file_location("own_outputs", path)
+def script(*path):
+  path = ROOT.joinpath("experiments", *path)
+  spec = importlib.util.spec_from_file_location(path.stem, path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module
+
+
+@pytest.fixture
+def own_outputs():
+  return script("e2e_nlg", "own_outputs.py")
 
 
 @pytest.fixture
@@ -100,3 +107,121 @@ def test_own_outputs_of_no_run_is_one_line(own_outputs, tmp_path, capsys):
   error = capsys.readouterr().err
   assert error.startswith("error: ") and error.count("\n") == 1
   assert not out.exists()
+
+
+# -- report.py ----------------------------------------------------------------
+
+
+def result(run_id, nodes, value, **fields):
+  """A row of results.jsonl."""
+  row = {"method": "streams", "run_id": run_id, "command": f"nodes {nodes}"}
+  row |= {"tree": "best_first", "tree_nodes": nodes, "kept_nodes": 0}
+  row |= {"tokens_per_call": value, "tokens_per_call_low": value - 0.1}
+  return row | {"tokens_per_call_high": value + 0.1, "identical": 1.0} | fields
+
+
+@pytest.fixture
+def sweep(tmp_path):
+  """Results of two runs; the first was measured twice at 4 nodes."""
+  rows = {
+    "a": [
+      result("1", 4, 9.0),
+      result("2", 4, 2.0, num_streams=1),
+      result("2", 4, 1.0, num_streams=1, method="none"),
+      result("2", 4, 1.0, num_streams=1, method="none (A against A)"),
+      result("3", 8, 2.5, num_streams=1, accept_by_depth=[0.5]),
+    ],
+    "b": [result("4", 4, 3.0, num_streams=2, kept_nodes=2)],
+  }
+  for name, lines in rows.items():
+    (tmp_path / "runs" / name).mkdir(parents=True)
+    path = tmp_path / "runs" / name / "results.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in lines))
+  return tmp_path / "runs"
+
+
+def call_report(*args):
+  command = [sys.executable, ROOT / "experiments" / "report.py", *args]
+  done = subprocess.run(command, capture_output=True, text=True)
+  return done.returncode, done.stdout, done.stderr
+
+
+def test_report_writes_tables_and_plots(sweep, tmp_path):
+  pytest.importorskip("matplotlib")
+  out = tmp_path / "out"
+  code, table, err = call_report(
+    f"--results={sweep}", f"--out={out}", "--x=num_streams", "--lines=pruning"
+  )
+  assert code == 1 and not out.exists()  # speedup, which no row has
+  assert err.startswith("error: 'speedup' is no number of the results: ")
+  code, table, err = call_report(
+    f"--results={sweep}",
+    f"--out={out}",
+    "--x=num_streams",
+    "--y=tokens_per_call",
+    "--lines=pruning",
+  )
+  assert (code, err) == (0, "")
+  assert (out / "results.md").read_text() == table
+  lines = [line.strip("| ").split(" | ") for line in table.splitlines()]
+  assert (
+    lines[0]
+    == (
+      "run pruning method tree_nodes kept_nodes num_streams tokens_per_call "
+      "identical"
+    ).split()
+  )
+  cell = "2.00 [1.90, 2.10]"
+  assert lines[2] == [
+    "a",
+    "not pruned",
+    "streams",
+    "4",
+    "0",
+    "1",
+    cell,
+    "100 %",
+  ]
+  assert [line[:3] for line in lines[3:]] == [
+    ["a", "not pruned", "none"],
+    ["a", "not pruned", "streams"],
+    ["b", "pruned", "streams"],
+  ]
+  with open(out / "results.csv", newline="") as file:
+    rows = list(csv.DictReader(file))
+  assert [row["tokens_per_call"] for row in rows] == [
+    "2.0",
+    "1.0",
+    "2.5",
+    "3.0",
+  ]
+  assert rows[2]["accept_by_depth"] == "[0.5]"
+  image = (out / "tokens_per_call_by_num_streams.png").read_bytes()
+  assert image.startswith(b"\x89PNG") and len(image) > 5000
+
+
+def test_lines_of_a_plot(sweep):
+  report = script("report.py")
+  rows = report.load([str(sweep)])
+  assert report.lines_of(
+    rows, "num_streams", "tokens_per_call", ["pruning", "tree"]
+  ) == {
+    "not pruned": [(1, 2.0, 1.9, 2.1), (1, 2.5, 2.4, 2.6)],
+    "pruned": [(2, 3.0, 2.9, 3.1)],
+  }
+  few = report.select(rows, ["tree_nodes=8"])
+  assert report.lines_of(few, "tree_nodes", "identical", ["method"]) == {
+    "": [(8, 1.0, 1.0, 1.0)]
+  }
+
+
+def test_report_of_nothing_is_one_line(sweep, tmp_path):
+  for args, words in {
+    (f"--results={tmp_path / 'no'}",): "no results.jsonl is there",
+    (f"--results={sweep}", "--where=tree_nodes=5"): "tree_nodes is 4, 8",
+    (f"--results={sweep}", "--where=tree=x"): "tree is best_first",
+  }.items():
+    code, out, err = call_report(f"--out={tmp_path / 'out'}", *args)
+    assert code == 1 and out == "" and err.count("\n") == 1
+    assert err.startswith("error: ") and words in err
+  assert not (tmp_path / "out").exists()
