@@ -4,7 +4,8 @@
     [--config.train.steps=2000 --config.mesh.data=-1 ...]
 
 Writes config.json, tokenizer.json, metrics.jsonl and checkpoints/ to --workdir.
-Ctrl-C saves a checkpoint; the same command goes on from the last one.
+Ctrl-C and SIGTERM save a checkpoint (exit codes 130 and 143); the same command
+goes on from the last one, on as many devices and hosts as there then are.
 """
 
 import dataclasses
@@ -24,11 +25,12 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main(argv):
   del argv
   # Slow imports wait until the flags are known to be right.
-  from spec_stream import sharding, weights
+  from spec_stream import hosts, sharding, weights
   from spec_stream.checkpoints import check_vocabulary
   from spec_stream.train import start
   from spec_stream.train.fit import fit
 
+  hosts.join()
   workdir = _WORKDIR.value
   # All that can be wrong is looked at before the data are.
   model, data, train = start.configure(_CONFIG.value.to_dict())
@@ -40,8 +42,8 @@ def main(argv):
     check_vocabulary(tokenizer, model.vocab_size, train.init_from)
   else:
     model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
-  done = fit(workdir, model, data, train, tokenizer, mesh)
-  return 0 if done else 130
+  number = fit(workdir, model, data, train, tokenizer, mesh)
+  return 128 + number if number else 0
 
 
 if __name__ == "__main__":

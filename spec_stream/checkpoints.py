@@ -232,20 +232,21 @@ class Saver:
   def restore(self, step: int, weights: Weights, opt_state, iterator):
     """-> (weights, opt_state) like those given, placed as they are.
 
-    The iterator is set in place. Raises: UserError if it cannot be read.
+    The iterator is set in place: all processes saved the same, so any number of
+    them reads it. Raises: UserError if it cannot be read.
     """
-    import grain
-
     with _readable(self._directory / str(step)):
       restored = self._manager.restore(
         step,
         args=ocp.args.Composite(
           weights=ocp.args.StandardRestore(_abstract(weights)),
           optimizer=ocp.args.StandardRestore(_abstract(opt_state)),
-          data=grain.checkpoint.CheckpointRestore(iterator),
           meta=ocp.args.JsonRestore(),
         ),
       )
+      data = self._directory / str(step) / "data"
+      found = next(data.glob("process_0-of-*.json"))
+      iterator.set_state(json.loads(found.read_text()))
       kept = manifest.parse(json.dumps(restored.meta))
     where = str(self._directory / str(step))
     opt_state = manifest.leaves(restored.optimizer)

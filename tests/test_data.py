@@ -291,17 +291,6 @@ def test_resume_is_exact_across_epochs(small, tokenizer, tmp_path):
   first.close()
 
 
-def test_processes_share_the_data(small, tokenizer):
-  met = []
-  for index in range(2):
-    iterator = pipeline.train_iterator(small, tokenizer, "train", index, 2)
-    batches = take(iterator, 12)
-    assert batches[0]["tokens"].shape == (2, 96)
-    met.append({x[0] for batch in batches for x in segments(batch)})
-    iterator.close()
-  assert not met[0] & met[1] and len(met[0] | met[1]) == len(PAIRS)
-
-
 def test_examples_that_do_not_fit_are_refused(small, tokenizer):
   import dataclasses
 
@@ -311,5 +300,3 @@ def test_examples_that_do_not_fit_are_refused(small, tokenizer):
     )
     with pytest.raises(UserError, match=f"data.{name}="):
       pipeline.train_iterator(config, tokenizer)
-  with pytest.raises(UserError, match="multiple"):
-    pipeline.train_iterator(small, tokenizer, "train", 0, 3)

@@ -77,7 +77,7 @@ def run(source, tmp_path_factory):
   workdir = str(tmp_path_factory.mktemp("runs") / "run")
   with pytest.MonkeyPatch.context() as patch:
     tiny.use_small_data(patch)
-    assert train(workdir, source[0])
+    assert train(workdir, source[0]) == 0
   return workdir
 
 
@@ -116,10 +116,10 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(
   tiny.use_small_data(monkeypatch)
   workdir = str(tmp_path / "run")
   schedule = dataclasses.replace(TRAIN, schedule="constant")
-  assert train(workdir, source[0], dataclasses.replace(schedule, steps=4))
-  assert train(workdir, source[0], schedule)
+  assert train(workdir, source[0], dataclasses.replace(schedule, steps=4)) == 0
+  assert train(workdir, source[0], schedule) == 0
   once = str(tmp_path / "once")
-  assert train(once, source[0], schedule)
+  assert train(once, source[0], schedule) == 0
   a, b = (checkpoints.load_run(path).model for path in (workdir, once))
   a, b = weights.to_weights(a), weights.to_weights(b)
   for path, x in a.items():
@@ -133,7 +133,7 @@ def test_a_quantised_base(source, tmp_path, monkeypatch, kind):
   pytest.importorskip("qwix")
   tiny.use_small_data(monkeypatch)
   workdir = str(tmp_path / "run")
-  assert train(workdir, source[0], quantize=kind)
+  assert train(workdir, source[0], quantize=kind) == 0
   model = checkpoints.load_run(workdir).model
   values = weights.to_weights(model)
   path = "blocks/0/ffw/down/kernel"
@@ -236,7 +236,7 @@ def test_bfloat16_base_and_float32_adapters(source, tmp_path, monkeypatch):
   workdir = str(tmp_path / "run")
   two = dataclasses.replace(TRAIN, steps=2, segment=32, remat=True)
   narrow = dict(dtype="bfloat16", param_dtype="bfloat16")
-  assert train(workdir, source[0], two, **narrow)
+  assert train(workdir, source[0], two, **narrow) == 0
   model = checkpoints.load_run(workdir).model
   added = weights.adapters(model.config)
   for path, x in weights.to_weights(model).items():

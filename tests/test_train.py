@@ -207,7 +207,7 @@ def finished(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     tiny.use_small_data(patch)
     workdir = str(tmp_path_factory.mktemp("finished"))
-    assert tiny.train(workdir)
+    assert tiny.train(workdir) == 0
   return workdir
 
 
@@ -250,7 +250,7 @@ def test_kill_9_and_resume_is_exact(finished, tmp_path, small_data):
   assert max(tiny.losses(workdir)) == 10
   last = checkpoints.steps(workdir)[-1]
   assert last in (4, 8)  # 8 may have been on its way
-  assert tiny.train(workdir)
+  assert tiny.train(workdir) == 0
   assert tiny.losses(workdir) == tiny.losses(finished)  # bit for bit
   one, two = (checkpoints.load_run(w) for w in (workdir, finished))
   one, two = weights.to_weights(one.model), weights.to_weights(two.model)
@@ -265,13 +265,13 @@ def test_ctrl_c_saves_the_step_and_says_so(finished, tmp_path, small_data):
   assert stopped.stderr == ""
   assert stopped.stdout.splitlines()[-1].startswith("stopped: step 6 is saved")
   assert checkpoints.steps(workdir) == [4, 6]
-  assert tiny.train(workdir)
+  assert tiny.train(workdir) == 0
   assert tiny.losses(workdir) == tiny.losses(finished)
 
 
 def test_a_finished_run_is_left_alone(finished, small_data, capsys):
   before = sorted(os.walk(finished))
-  assert tiny.train(finished)
+  assert tiny.train(finished) == 0
   assert (
     "already trained for 12 steps: nothing to do" in capsys.readouterr().out
   )
@@ -296,7 +296,8 @@ def test_other_settings_are_another_run(finished, small_data, changes, message):
 def test_more_steps_go_on(finished, tmp_path, small_data, capsys):
   workdir = str(tmp_path / "run")
   shutil.copytree(finished, workdir)
-  assert tiny.train(workdir, train=change(steps=14, log_every=2, save_every=9))
+  longer = change(steps=14, log_every=2, save_every=9)
+  assert tiny.train(workdir, train=longer) == 0
   assert "from its checkpoint of step 12" in capsys.readouterr().out
   assert checkpoints.steps(workdir) == [12, 14]
 
@@ -314,7 +315,7 @@ def test_init_from_takes_base_weights_and_tokenizer(
   workdir = str(tmp_path)
   model = lora(model=tiny.SMALL, mode="lossless")
   start = change(trainable="adapters", init_from=finished, steps=2)
-  assert tiny.train(workdir, model=model, train=start)
+  assert tiny.train(workdir, model=model, train=start) == 0
   new, base = checkpoints.load_run(workdir), checkpoints.load_run(finished)
   assert new.tokenizer.hash() == base.tokenizer.hash()
   new, base = weights.to_weights(new.model), weights.to_weights(base.model)
@@ -334,7 +335,7 @@ def test_init_from_goes_on_with_streams_that_are_alike(
     streams = dataclasses.replace(model.streams, stream_position="same")
     model = dataclasses.replace(model, streams=streams)
   start = change(init_from=finished, steps=1, learning_rate=0.0, seed=7)
-  assert tiny.train(tmp_path, model=model, train=start)
+  assert tiny.train(tmp_path, model=model, train=start) == 0
   new, old = checkpoints.load_run(str(tmp_path)), checkpoints.load_run(finished)
   new, old = weights.to_weights(new.model), weights.to_weights(old.model)
   own = weights.adapters(model)

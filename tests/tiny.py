@@ -95,14 +95,14 @@ TRAIN = TrainConfig(
 )
 
 
-def train(workdir, model=SMALL, train=TRAIN, **data):
+def train(workdir, model=SMALL, train=TRAIN, sizes=(-1, 1, 1), **data):
   """`fit` from the tokenizer on, as launch/train.py does it."""
   from spec_stream.data.pipeline import DataConfig
 
   data = DataConfig(**{**DATA, **data})
   tokenizer = start.prepare_tokenizer(workdir, data, train)
   model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
-  mesh = sharding.make_mesh()
+  mesh = sharding.make_mesh(*sizes)
   return fit.fit(workdir, model, data, train, tokenizer, mesh)
 
 
@@ -139,7 +139,8 @@ def main(workdir, last, kind="SIGKILL"):
       os.kill(os.getpid(), getattr(signal, kind))
 
   fit.MetricWriter.write = write_and_stop
-  return 0 if train(workdir) else 130
+  number = train(workdir)
+  return 128 + number if number else 0
 
 
 if __name__ == "__main__":

@@ -92,28 +92,20 @@ def encode(tokenizer: Tokenizer, prompt: str, completion: str) -> dict:
 
 
 def train_iterator(
-  config: DataConfig,
-  tokenizer: Tokenizer,
-  split: str = "train",
-  process_index: int = 0,
-  process_count: int = 1,
+  config: DataConfig, tokenizer: Tokenizer, split: str = "train"
 ):
   """Endless iterator of batches; `get_state`/`set_state` are exact.
 
   Yields dicts of tokens, segment_ids, positions [B, T] int32, loss_mask [B, T]
-  bool, stream_at [B, U] int32 and stream_mask [B, U] bool, B being the batch
-  size over the number of processes.
+  bool, stream_at [B, U] int32 and stream_mask [B, U] bool. Each of several
+  processes has the whole batch: packing a few rows more costs little, and what
+  comes next does not depend on how many processes there are.
 
   Raises:
     UserError: an example that does not fit a row.
   """
   import grain
 
-  if config.batch_size % process_count:
-    raise UserError(
-      f"data.batch_size={config.batch_size} must be a multiple of the "
-      f"{process_count} processes"
-    )
   pairs = examples(config, split)
   if tokenizer.eos_id is None:
     raise UserError(
@@ -128,7 +120,7 @@ def train_iterator(
   }
   encoded = _fitting(config, encoded, budget)
   rows = (
-    grain.MapDataset.source(encoded)[process_index::process_count]
+    grain.MapDataset.source(encoded)
     .seed(config.seed)
     .shuffle()
     .repeat()
@@ -137,15 +129,11 @@ def train_iterator(
   pack = grain.experimental.FirstFitPackIterDataset(
     rows,
     length_struct=budget,
-    num_packing_bins=config.batch_size // process_count
-    if config.packing
-    else 1,
+    num_packing_bins=config.batch_size if config.packing else 1,
     max_sequences_per_bin=None if config.packing else 1,
     meta_features=("loss_mask",),
   )
-  batches = pack.map(_arrange).batch(
-    config.batch_size // process_count, drop_remainder=True
-  )
+  batches = pack.map(_arrange).batch(config.batch_size, drop_remainder=True)
   threaded = grain.experimental.ThreadPrefetchIterDataset(
     batches, prefetch_buffer_size=4
   )

@@ -4,14 +4,13 @@ import collections
 import contextlib
 import itertools
 import math
-import signal
 import time
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from spec_stream import checkpoints, manifest, sharding
+from spec_stream import checkpoints, hosts, manifest, sharding
 from spec_stream.checkpoints import Saver
 from spec_stream.data.pipeline import DataConfig, train_iterator
 from spec_stream.errors import UserError
@@ -33,10 +32,11 @@ def fit(
   train: TrainConfig,
   tokenizer,
   mesh: Mesh,
-) -> bool:
+) -> int:
   """Trains until train.steps, from the last checkpoint of workdir if any.
 
-  Returns False if Ctrl-C (or SIGTERM) stopped it, after a checkpoint.
+  Returns 0, or the number of the signal (SIGINT, SIGTERM) that stopped it,
+  after a checkpoint.
 
   Raises:
     UserError: settings contradict each other or those of the run in workdir, a
@@ -49,7 +49,10 @@ def fit(
   last = start.check_resume(workdir, settings)
   if last >= train.steps:
     print(f"{workdir} is already trained for {last} steps: nothing to do")
-    return True
+    return 0
+  hosts.check_same(
+    "the tokenizer and settings", f"{tokenizer.hash()}{settings}"
+  )
   base = {}
   if train.init_from and not last:
     base = start.load_base(train.init_from, model, mesh)
@@ -66,12 +69,7 @@ def fit(
     checkpoints.write_tokenizer(workdir, tokenizer)
   if not last:
     checkpoints.write_base(workdir, state.frozen)
-  source = train_iterator(
-    data,
-    tokenizer,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )
+  source = train_iterator(data, tokenizer)
   with contextlib.ExitStack() as stack:
     stack.callback(getattr(source, "close", lambda: None))
     saver = stack.enter_context(
@@ -95,23 +93,26 @@ def fit(
         active=jax.process_index() == 0,
       )
     )
-    stop = stack.enter_context(_signals())
+    stop = stack.enter_context(hosts.stop_signals())
     batches = itertools.chain([first], source)
     save = lambda step, state: saver.save(
       step, state.trained, state.opt_state, source
     )
     step = lambda state, batch: compiled(state, batch, *taught)
-    at = _loop(train, mesh, step, state, batches, save, writer, stop)
+    at, signal_number = _loop(
+      train, mesh, step, state, batches, save, writer, stop
+    )
     saver.wait()
-  if stop:
+  if at < train.steps:
     print(f"stopped: step {at} is saved, and the same command goes on from it")
-    return False
+    return signal_number
   print(f"trained {at} steps: {workdir}")
-  return True
+  return 0
 
 
-def _loop(train, mesh, step, state, batches, save, writer, stop) -> int:
-  """Steps until train.steps or `stop`; -> the last one, which is saved."""
+def _loop(train, mesh, step, state, batches, save, writer, stop):
+  """Steps until train.steps or a signal; -> (the last one, which is saved, the
+  number of the signal or 0)."""
   flying = collections.deque()  # metrics of dispatched steps
   at, tokens, since = int(state.step), 0, time.monotonic()
   saved = at
@@ -123,7 +124,7 @@ def _loop(train, mesh, step, state, batches, save, writer, stop) -> int:
       save(at, state)
     saved = at
 
-  while at < train.steps and not stop:
+  while not (number := stop(at)) and at < train.steps:
     batch = next(batches)
     tokens += int(np.count_nonzero(batch["segment_ids"]))
     state, metrics = step(state, _to_devices(batch, mesh))
@@ -133,14 +134,14 @@ def _loop(train, mesh, step, state, batches, save, writer, stop) -> int:
     if at % train.log_every == 0 or at == train.steps:
       _drain(flying, 0)
       now = time.monotonic()
-      rate = tokens * jax.process_count() / (now - since)
       values = {name: float(x) for name, x in metrics.items()}
+      rate = tokens / (now - since)
       writer.write(at, {**values, "tokens_per_second": rate})
       tokens, since = 0, now
     if at % train.save_every == 0:
       save_here()
   save_here()
-  return at
+  return at, number
 
 
 def _drain(flying, limit: int):
@@ -166,9 +167,10 @@ def _compile(step, *args):
 
 
 def _to_devices(batch, mesh: Mesh):
+  """Each process has the whole batch, and gives its devices their rows."""
   place = sharding.batch_sharding(mesh)
   return {
-    name: jax.make_array_from_process_local_data(place, x)
+    name: jax.make_array_from_callback(x.shape, place, x.__getitem__)
     for name, x in batch.items()
   }
 
@@ -181,24 +183,6 @@ def _announce(model: ModelConfig, state, mesh: Mesh):
     f"{trained + frozen:,} weights, {trained:,} trained; "
     f"{jax.device_count()} {jax.devices()[0].platform} device(s): {shape}"
   )
-
-
-@contextlib.contextmanager
-def _signals():
-  """A list that a first SIGINT or SIGTERM fills; a second one acts at once."""
-  caught = []
-
-  def note(number, frame):
-    caught.append(number)
-    signal.signal(number, before[number])
-
-  numbers = (signal.SIGINT, signal.SIGTERM)
-  before = {n: signal.signal(n, note) for n in numbers}
-  try:
-    yield caught
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)
 
 
 def _restore(saver: Saver, step: int, state, source):
