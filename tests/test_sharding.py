@@ -16,7 +16,16 @@ import pytest
 import tiny
 from jax.sharding import PartitionSpec as P
 
-from spec_stream import checkpoints, manifest, sharding, weights
+from spec_stream import (
+  NoDraft,
+  StreamDraft,
+  TreeSpec,
+  checkpoints,
+  generate,
+  manifest,
+  sharding,
+  weights,
+)
 from spec_stream.errors import UserError
 from spec_stream.hf.config import configure
 from spec_stream.models.config import (
@@ -189,9 +198,45 @@ def on_eight_devices(workdir):
   print(json.dumps(history))
 
 
-def test_eight_devices_give_the_numbers_of_one(tmp_path):
-  eight = subprocess.run(
-    [sys.executable, __file__, str(tmp_path)],
+def decode_on_eight_devices():
+  """Run by `python tests/test_sharding.py decode`: tokens on three meshes."""
+  jax.config.update("jax_enable_x64", True)
+  kinds = dict(dtype="float64", param_dtype="float64")
+  model = dataclasses.replace(MODEL, **kinds)
+  drawn, rng = weights.init(model, 0), np.random.default_rng(0)
+  sizes = (3, 5, 2, 7, 4, 3, 6, 2)
+  prompts = [rng.integers(1, 20, size).tolist() for size in sizes]
+  drafters = [NoDraft(), StreamDraft(TreeSpec("best_first", num_nodes=6))]
+
+  def tokens(values, temperature):
+    for drafter in drafters:
+      found = generate(
+        weights.to_model(model, values),
+        prompts,
+        drafter,
+        max_new_tokens=12,
+        temperature=temperature,
+        seed=3,
+      )
+      yield [g.token_ids for g in found]
+
+  for temperature in (0.0, 0.8):
+    expected, same = tokens(drawn, temperature)
+    assert expected == same
+    for mesh in ((8, 1, 1), (2, 4, 1), (2, 2, 2)):
+      place = sharding.weight_shardings(
+        sharding.make_mesh(*mesh), weights.shapes(model)
+      )
+      placed = {
+        path: jax.device_put(drawn[path], place[path]) for path in drawn
+      }
+      for found in tokens(placed, temperature):
+        assert found == expected, (mesh, temperature)
+
+
+def run_on_eight_devices(argument):
+  done = subprocess.run(
+    [sys.executable, __file__, argument],
     env={
       **os.environ,
       "PYTHONPATH": str(ROOT),
@@ -202,7 +247,17 @@ def test_eight_devices_give_the_numbers_of_one(tmp_path):
     text=True,
     timeout=600,
   )
-  assert eight.returncode == 0, eight.stderr
+  assert done.returncode == 0, done.stderr
+  return done
+
+
+@pytest.mark.slow
+def test_eight_devices_decode_the_tokens_of_one():
+  run_on_eight_devices("decode")
+
+
+def test_eight_devices_give_the_numbers_of_one(tmp_path):
+  eight = run_on_eight_devices(str(tmp_path))
   one, state = steps(sharding.make_mesh())
   # Adam's first update is g / |g|: it makes of a rounding of a tiny gradient a
   # step of full size, which the second step's numbers show.
@@ -222,4 +277,7 @@ def test_eight_devices_give_the_numbers_of_one(tmp_path):
 
 
 if __name__ == "__main__":
-  on_eight_devices(sys.argv[1])
+  if sys.argv[1] == "decode":
+    decode_on_eight_devices()
+  else:
+    on_eight_devices(sys.argv[1])
