@@ -38,8 +38,11 @@ setup(
     "rouge-score==0.1.2",  # exact: another version would move published scores
     "sqlglot>=30,<31",  # a major release may cut SQL into other tokens
     "numpy>=2.0",  # what jax 0.10.2 needs
+    "pyyaml>=6",  # manifests of launch/cluster
   ],
   extras_require={
+    "tpu": ["jax[tpu]"],  # libtpu, of the version that jax wants
+    "cuda": ["jax[cuda12]"],
     "quant": ["qwix>=0.1.8"],  # a frozen base in int8 or int4
     "parity": [  # for the tests against implementations that are not ours
       "transformers>=5.17,<6",  # config keys of version 5; reads version 4's
@@ -52,6 +55,7 @@ setup(
       "pytest-xdist>=3.6",  # launch/test.sh runs two files of tests at a time
       "ruff==0.17.6",  # exact: releases format differently
       "matplotlib>=3.9",  # plots of experiments/report.py
+      "jsonschema>=4",  # the schema of a JobSet
     ],
   },
 )

@@ -59,8 +59,14 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
 
   Raises: UserError if the sizes do not multiply to the number of devices.
   """
+  filled = sizes(data, fsdp, tensor, jax.device_count())
+  # Auto: XLA places what is between. The default, Explicit, asks the model to.
+  return jax.make_mesh(filled, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def sizes(data: int, fsdp: int, tensor: int, devices: int):
+  """-> (data, fsdp, tensor) of a mesh of so many devices; see `make_mesh`."""
   sizes = dict(zip(AXES, (data, fsdp, tensor)))
-  devices = jax.device_count()
   asked = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
   if list(sizes.values()).count(-1) > 1 or any(
     size < 1 and size != -1 for size in sizes.values()
@@ -73,8 +79,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
       f"{asked} does not fit {devices} device(s): the sizes must multiply to "
       f"{devices}"
     )
-  # Auto: XLA places what is between. The default, Explicit, asks the model to.
-  return jax.make_mesh(filled, AXES, axis_types=(AxisType.Auto,) * 3)
+  return filled
 
 
 def spec(path: str) -> P:
