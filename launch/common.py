@@ -181,12 +181,12 @@ def _help(program, configs):
 
 
 def _own_flags(program):
-  """The flags that files of this folder define, not those of libraries."""
-  here = str(pathlib.Path(__file__).resolve().parent)
+  """The flags that files below this folder define, not those of libraries."""
+  here = pathlib.Path(__file__).resolve().parent
   own = []
   for module, defined in flags.FLAGS.flags_by_module_dict().items():
     file = getattr(sys.modules.get(module), "__file__", None) or ""
-    if module == program or os.path.dirname(os.path.abspath(file)) == here:
+    if module == program or here in pathlib.Path(file).resolve().parents:
       own += defined
   return own
 
