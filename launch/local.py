@@ -93,7 +93,8 @@ class Local:
       free = [slot for slot in self.slots if slot not in taken]
       if self.state[task.name] != "waiting" or not free:
         continue
-      needs = {self.state.get(name) for name in task.needs}
+      # Those that are not of these tasks are done: see `sweep.check_needs`.
+      needs = {self.state.get(name, "done") for name in task.needs}
       if needs & {"failed", "skipped"}:
         self.state[task.name] = "skipped"
         self._say(task.name, f"skipped: it needs {', '.join(task.needs)}")

@@ -4,6 +4,7 @@
     --workdir=runs/stream_count --config.data.manual_dir=DIR
   launch/sweep.py ... --executor=print          what it would run
   launch/sweep.py ... --runs=streams_3          one run and what it needs
+  launch/sweep.py ... --executor=slurm --job=--partition=gpu --job=--execute
 
 Each run is a directory of --workdir: a training, then its benchmarks. What is
 done is left alone, what broke is run once more, and what needs a failed run is
@@ -12,7 +13,10 @@ each run that does not set the key itself. A table of all benchmarks ends it;
 experiments/report.py makes plots of them.
 """
 
+import pathlib
 import shlex
+import subprocess
+import sys
 
 from absl import flags
 from ml_collections.config_flags import config_flags
@@ -26,11 +30,25 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where the runs are written.")
 _EXECUTOR = flags.DEFINE_enum(
   "executor",
   "local",
-  ["local", "print"],
-  "local: on this machine. print: the commands that are left, for a shell.",
+  ["local", "print", "slurm", "jobset"],
+  "local: on this machine. print: the commands that are left, for a shell. "
+  "slurm, jobset: a job of one GPU, or of a slice with one host, for each run "
+  "that is not done; one that waits for another is left to the next call. "
+  "Prints the jobs; --job=--execute submits them.",
 )
 _RUNS = flags.DEFINE_list(
   "runs", [], "Names of the runs to do, with those that they need; none: all."
+)
+_NEEDS = flags.DEFINE_bool(
+  "needs",
+  True,
+  "Also do what --runs need; --noneeds: refuse if it is not done.",
+)
+_JOB = flags.DEFINE_multi_string(
+  "job",
+  [],
+  "With slurm and jobset: a flag of launch/cluster/slurm.py or jobset.py, "
+  "such as --job=--minutes=600; may be given several times.",
 )
 _PROCESSES = flags.DEFINE_integer(
   "processes",
@@ -59,14 +77,17 @@ def main(argv):
   import sweeping
   from spec_stream import sweep
 
-  found = sweeping.read("config", _BENCHMARK.value)
+  every = found = sweeping.read("config", _BENCHMARK.value)
   if _RUNS.value:
-    found = sweep.select(found, _RUNS.value)
+    found = sweep.select(every, _RUNS.value, _NEEDS.value)
   if _EXECUTOR.value == "print":
     for task in found:
       for command in sweep.missing(task, _WORKDIR.value):
         print("python", shlex.join(sweep.fill(command, _WORKDIR.value)))
     return 0
+  if _EXECUTOR.value in ("slurm", "jobset"):
+    return _submit(found)
+  sweep.check_needs(found, every, _WORKDIR.value)
   from local import Local
 
   runs = Local(
@@ -77,6 +98,44 @@ def main(argv):
   if runs.stopped:
     return 130
   return 0 if set(runs.state.values()) == {"done"} else 1
+
+
+def _submit(found) -> int:
+  """A job for each run that can start; -> 1 if one could not be submitted.
+
+  --noneeds trusts that needs are done: the job sees the workdir, and refuses.
+  """
+  from spec_stream import sweep
+
+  rest = [a for a in sys.argv[1:] if not _is_of_sweep(a)]
+  codes = []
+  for task in found:
+    if not sweep.missing(task, _WORKDIR.value):
+      continue
+    waits = [
+      t.name
+      for t in found
+      if t.name in task.needs and sweep.missing(t, _WORKDIR.value)
+    ]
+    if waits:
+      print(f"# {task.name} waits for {', '.join(waits)}", file=sys.stderr)
+      continue
+    name = f"{pathlib.Path(_WORKDIR.value).name}-{task.name}"
+    name = "".join(c if c.isalnum() else "-" for c in name.lower())
+    run = ["launch/sweep.py", *rest, f"--runs={task.name}", "--noneeds"]
+    launcher = common.ROOT / "launch" / "cluster" / f"{_EXECUTOR.value}.py"
+    words = [f"--name={name}", f"--command={shlex.join(run)}", *_JOB.value]
+    done = subprocess.run([sys.executable, launcher, *words])
+    codes.append(done.returncode)
+    if done.returncode:
+      break  # the next would say the same
+  return 1 if any(codes) else 0
+
+
+def _is_of_sweep(argument: str) -> bool:
+  """Whether a flag says how jobs are made, and not what they do."""
+  name = argument.lstrip("-").partition("=")[0]
+  return name in ("executor", "runs", "job", "needs", "noneeds")
 
 
 if __name__ == "__main__":

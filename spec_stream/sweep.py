@@ -141,8 +141,13 @@ def _ordered(found: list[Task]) -> list[Task]:
   return order
 
 
-def select(found: list[Task], names: Sequence[str]) -> list[Task]:
-  """The tasks of these names and what they need. Raises: UserError."""
+def select(
+  found: list[Task], names: Sequence[str], needs: bool = True
+) -> list[Task]:
+  """The tasks of these names, and with `needs` what they need.
+
+  Raises: UserError for a name that there is not.
+  """
   known = {task.name: task for task in found}
   wanted, todo = set(), list(names)
   while todo:
@@ -153,7 +158,7 @@ def select(found: list[Task], names: Sequence[str]) -> list[Task]:
       )
     if name not in wanted:
       wanted.add(name)
-      todo += known[name].needs
+      todo += known[name].needs if needs else ()
   return [task for task in found if task.name in wanted]
 
 
@@ -194,6 +199,19 @@ def missing(task: Task, workdir) -> list[tuple[str, ...]]:
   if task.commands[0] not in done:
     return list(task.commands)
   return [command for command in task.commands if command not in done]
+
+
+def check_needs(found: Sequence[Task], every: Sequence[Task], workdir):
+  """Raises: UserError if tasks need one of `every` that is neither among them
+  nor done."""
+  chosen = {task.name for task in found}
+  for task in every:
+    users = [t.name for t in found if task.name in t.needs]
+    if users and task.name not in chosen and missing(task, workdir):
+      raise UserError(
+        f"{users[0]} needs {task.name}, which is not done in {workdir}: run it "
+        "first, or leave --noneeds out"
+      )
 
 
 def record(task: Task, command: Sequence[str], workdir, **about):

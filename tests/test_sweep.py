@@ -6,6 +6,7 @@ around them is the real one.
 
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -248,6 +249,34 @@ def test_print_gives_the_commands_that_are_left(folder):
   assert ran(folder) == ALL[:1] + ALL[4:7]
   code, out, _ = call(folder, "--executor=print")
   assert len(out.splitlines()) == len(ALL) - 4
+
+
+def test_a_job_for_each_run_that_can_start(folder):
+  shutil.copytree(ROOT / "launch" / "cluster", folder / "launch" / "cluster")
+  args = ("--executor=slurm", "--job=--partition=gpu", "--retries=2")
+  code, out, err = call(folder, *args)
+  assert code == 0 and "# streams_6 waits for base\n" in err
+  assert out.count("#SBATCH --job-name=out-base\n") == 1
+  assert out.count("#!/usr/bin/env bash") == 1
+  assert "#SBATCH --partition=gpu" in out and "ntasks-per-node=1\n" in out
+  (line,) = [line for line in out.splitlines() if line.startswith("srun")]
+  command = line.split(".venv/bin/python ")[1].removesuffix(" &").split()
+  assert command[0] == "launch/sweep.py"
+  assert command[1:] == (
+    ["--config=c.py", "--retries=2", "--workdir=out", "--runs=base"]
+    + ["--noneeds"]
+  )
+  other = [*command[1:-2], "--runs=streams_2", "--noneeds"]
+  code, _, err = call(folder, *other)
+  assert code == 1 and "streams_2 needs base, which is not done in out" in err
+  assert call(folder, *command[1:])[0] == 0 and ran(folder) == ["train base"]
+  code, out, _ = call(folder, *args)
+  assert out.count("#!/usr/bin/env bash") == 6
+  assert call(folder, *other)[0] == 0
+  code, out, _ = call(folder, *args)
+  assert out.count("#!/usr/bin/env bash") == 5 and "out-streams-2" not in out
+  code, out, err = call(folder, "--executor=jobset", "--job=--image=i")
+  assert code == 1 and "error: --topology is needed" in err
 
 
 def test_killed_half_way_it_goes_on_with_what_is_left(folder):
