@@ -8,7 +8,7 @@ import pathlib
 import pytest
 import tiny
 
-from spec_stream import StreamDraft, TreeSpec, weights
+from spec_stream import StreamDraft, TreeSpec, ahead, weights
 from spec_stream.models.config import StreamConfig
 
 FOLDER = pathlib.Path(__file__).parent.parent / "experiments" / "memory"
@@ -22,8 +22,8 @@ def script(monkeypatch):
 
 
 def test_segments_make_the_memory_of_attention_linear(script):
-  training, compiled = script("training"), script("compiled")
-  mesh = compiled.make_mesh("cpu")
+  training = script("training")
+  mesh = ahead.make_mesh("cpu")
 
   def growth(segment, *lengths):
     run = lambda n: training.measure(1, n, segment, mesh, model=tiny.SMALL)
@@ -69,21 +69,20 @@ def test_account_adds_up_and_says_what_does_not_fit(script):
 
 def test_programs_of_a_small_model(script):
   """The programs' arguments are the weights, the state and the cache."""
-  compiled = script("compiled")
-  mesh = compiled.make_mesh("cpu")
+  mesh = ahead.make_mesh("cpu")
   drafter = StreamDraft(TreeSpec("best_first", 4))
-  prefill, loop, values, state = compiled.decoding(
+  prefill, loop, values, state, _ = ahead.decoding(
     tiny.MODEL, drafter, mesh, slots=32, prompt=16
   )
   cache = 2 * math.prod((2, 2, 4, 32)) * 4  # k and v: L, K, H, S; float32
-  assert compiled.num_bytes(state.cache.layers) == cache
-  found = compiled.memory(loop)
-  held = compiled.num_bytes((values, state))
+  assert ahead.num_bytes(state.cache.layers) == cache
+  found = ahead.memory(loop)
+  held = ahead.num_bytes((values, state))
   # What the loop does not read (the pruner, 2 x 2 x 16 x 4 bytes) may be left
   # out; small arrays may be padded.
   assert held - 512 <= found["arguments"] <= held + 1024
   assert found["aliased"] >= cache  # it is donated
-  assert compiled.memory(prefill)["outputs"] >= cache
+  assert ahead.memory(prefill)["outputs"] >= cache
 
 
 @pytest.mark.parametrize("name", ["training", "llama7b"])

@@ -12,13 +12,12 @@ import argparse
 import math
 import sys
 
-import compiled
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spec_stream import UserError
+from spec_stream import UserError, ahead
 from spec_stream.text_table import table
 
 # Kernel -> shape, and how many of its axes are inputs.
@@ -47,18 +46,18 @@ def temporaries(shape: tuple[int, ...], inputs: int, mesh) -> int:
     return jax.lax.while_loop(lambda state: state[0] < 9, body, (0, x))
 
   lowered = jax.jit(loop).lower(array(32, width), array(*shape))
-  return compiled.memory(lowered.compile())["temporaries"]
+  return ahead.memory(lowered.compile())["temporaries"]
 
 
 def main(argv: list[str]) -> int:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--target", default="cpu", help=compiled.TARGET_HELP)
+  parser.add_argument("--target", default="cpu", help=ahead.TARGET_HELP)
   args = parser.parse_args(argv)
   columns = {name: [] for name in ("kernel, MB", "size", "as it is", "matrix")}
   try:
-    mesh = compiled.make_mesh(args.target)
+    mesh = ahead.make_mesh(args.target)
   except UserError as e:
     print(f"error: {e}", file=sys.stderr)
     return 1

@@ -20,14 +20,13 @@ import re
 import sys
 import time
 
-import compiled
 import jax
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))  # for configs
 
 from configs import checkpoint  # noqa: E402
-from spec_stream import StreamDraft, TreeSpec, UserError  # noqa: E402
+from spec_stream import StreamDraft, TreeSpec, UserError, ahead  # noqa: E402
 from spec_stream.models.config import ModelConfig, StreamConfig  # noqa: E402
 from spec_stream.text_table import table  # noqa: E402
 from spec_stream.train.config import TrainConfig  # noqa: E402
@@ -73,7 +72,7 @@ def weight_parts(weights: dict) -> dict[str, int]:
   parts = dict.fromkeys(PARTS, 0)
   for path, x in weights.items():
     part = next(n for n, form in PARTS.items() if re.fullmatch(form, path))
-    parts[part] += compiled.num_bytes(x)
+    parts[part] += ahead.num_bytes(x)
   return {name: size for name, size in parts.items() if size}
 
 
@@ -82,13 +81,13 @@ def training(mode: str, rows: int, seq_len: int, mesh) -> dict[str, dict]:
   model, train = configs(mode)
   places = seq_len // 2
   sizes = dict(rows=rows, seq_len=seq_len, stream_positions=places)
-  step, state, batch = compiled.train_step(model, train, mesh, **sizes)
+  step, state, batch, _ = ahead.train_step(model, train, mesh, **sizes)
   parts = weight_parts(state.weights)
-  parts["optimizer"] = compiled.num_bytes(state.opt_state)
-  parts["batch"] = compiled.num_bytes(batch)
+  parts["optimizer"] = ahead.num_bytes(state.opt_state)
+  parts["batch"] = ahead.num_bytes(batch)
   every = rows * (seq_len + places * model.streams.num_streams)
   within = {
-    "gradients": compiled.num_bytes(state.trained),
+    "gradients": ahead.num_bytes(state.trained),
     "block inputs kept": model.streams.num_stream_layers
     * every
     * model.width
@@ -96,27 +95,27 @@ def training(mode: str, rows: int, seq_len: int, mesh) -> dict[str, dict]:
     "logits of one stream": rows * places * model.vocab_size * 4,
   }
   name = f"train, {mode}, {rows} x {seq_len}"
-  return {name: account(parts, within, compiled.memory(step))}
+  return {name: account(parts, within, ahead.memory(step))}
 
 
 def decoding(mode: str, slots: int, nodes: int, mesh) -> dict[str, dict]:
   """-> {program: parts} of prefill (half of the slots) and loop."""
   model, _ = configs(mode)
   tree = StreamDraft(TreeSpec("best_first", nodes))
-  prefill, loop, weights, state = compiled.decoding(
+  prefill, loop, weights, state, _ = ahead.decoding(
     model, tree, mesh, slots=slots, prompt=slots // 2
   )
   parts = weight_parts(weights)
-  cache = compiled.num_bytes(state.cache)
+  cache = ahead.num_bytes(state.cache)
   logits = lambda rows: {"logits": rows * model.vocab_size * 4}
-  first = account(parts, logits(1), compiled.memory(prefill))
+  first = account(parts, logits(1), ahead.memory(prefill))
   parts["cache"] = cache
-  parts["state beside it"] = compiled.num_bytes(state) - cache
+  parts["state beside it"] = ahead.num_bytes(state) - cache
   within = logits(nodes)
   return {
     f"prefill, {mode}, {slots // 2} tokens": first,
     f"decode, {mode}, {slots} slots, {nodes} nodes": account(
-      parts, within, compiled.memory(loop)
+      parts, within, ahead.memory(loop)
     ),
   }
 
@@ -125,7 +124,7 @@ def account(parts: dict, within: dict, memory: dict) -> dict[str, int]:
   """Bytes that add up to the compiler's total, by part.
 
   parts: of the arguments, from their shapes; within: what some temporaries
-  must be, of which no more is known; memory: see `compiled.memory`.
+  must be, of which no more is known; memory: see `ahead.memory`.
   """
   parts = dict(parts)
   # XLA pads, and leaves out what a program does not read (below 0).
@@ -159,7 +158,7 @@ def main(argv: list[str]) -> int:
   )
   add = parser.add_argument
   add("--out", type=pathlib.Path, required=True, help="for results.jsonl")
-  add("--target", default="cpu", help=compiled.TARGET_HELP)
+  add("--target", default="cpu", help=ahead.TARGET_HELP)
   several = dict(nargs="+", help="default: %(default)s")
   programs, modes = ["train", "decode"], ["shared", "lossless"]
   add("--programs", choices=programs, default=programs, **several)
@@ -178,12 +177,12 @@ def main(argv: list[str]) -> int:
     for name, parts in programs.items():
       record = dict(target=args.target, jax=jax.__version__, program=name)
       record |= dict(bytes=parts, total=total(parts), compile_seconds=seconds)
-      compiled.append(args.out, record)
+      ahead.append(args.out, record)
       print(f"{name}: {total(parts) / 1e9:.2f} GB ({seconds} s)", flush=True)
     found.update(programs)
 
   try:
-    mesh = compiled.make_mesh(args.target)
+    mesh = ahead.make_mesh(args.target)
     for mode in args.modes:
       if "decode" in args.programs:
         keep(decoding, mode, args.slots, args.nodes)

@@ -17,10 +17,9 @@ import pathlib
 import sys
 import time
 
-import compiled
 import jax
 
-from spec_stream import UserError
+from spec_stream import UserError, ahead
 from spec_stream.models.config import ModelConfig, StreamConfig
 from spec_stream.text_table import table
 from spec_stream.train.config import TrainConfig
@@ -41,17 +40,17 @@ MODEL = ModelConfig(
 def measure(
   streams: int, seq_len: int, segment: int, mesh, remat=True, model=MODEL
 ) -> dict[str, int]:
-  """Bytes of one training step, see `compiled.memory` and `compiled.kept`."""
+  """Bytes of one training step, see `ahead.memory` and `ahead.kept`."""
   model = dataclasses.replace(
     model, streams=dataclasses.replace(model.streams, num_streams=streams)
   )
   sizes = dict(rows=1, seq_len=seq_len, stream_positions=seq_len)
   memory = dict(segment=segment, remat=remat, remat_logits=remat)
-  step, _, batch = compiled.train_step(
+  step, _, batch, _ = ahead.train_step(
     model, TrainConfig(**memory), mesh, **sizes
   )
-  kept = compiled.kept(model, LossConfig(**memory), batch)
-  return {"kept": kept, **compiled.memory(step)}
+  kept = ahead.kept(model, LossConfig(**memory), batch)
+  return {"kept": kept, **ahead.memory(step)}
 
 
 def growth(bytes_by_length: dict[int, int]) -> list[float]:
@@ -98,11 +97,11 @@ def main(argv: list[str]) -> int:
   add("--seq_len", default="512,1024,2048", help="default %(default)s", **lists)
   add("--segment", default="0,128", help="0: none; default 0,128", **lists)
   add("--no_remat", action="store_true", help="keep all, compute nothing twice")
-  add("--target", default="cpu", help=compiled.TARGET_HELP)
+  add("--target", default="cpu", help=ahead.TARGET_HELP)
   args = parser.parse_args(argv)
   records = []
   try:
-    mesh = compiled.make_mesh(args.target)
+    mesh = ahead.make_mesh(args.target)
     for segment, streams, seq_len in itertools.product(
       args.segment, args.streams, args.seq_len
     ):
@@ -111,7 +110,7 @@ def main(argv: list[str]) -> int:
       record |= dict(streams=streams, seq_len=seq_len, remat=not args.no_remat)
       record |= measure(streams, seq_len, segment, mesh, record["remat"])
       record["compile_seconds"] = round(time.monotonic() - start, 1)
-      compiled.append(args.out, record)
+      ahead.append(args.out, record)
       records.append(record)
       print(
         f"segment {segment}, J={streams}, sequence {seq_len}: temporaries "

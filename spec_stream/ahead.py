@@ -1,4 +1,4 @@
-"""Programs of the library compiled for a device and never run.
+"""Programs of the library compiled for devices that need not be here.
 
 Weights and batches are shapes without values, so a 7B model needs no memory
 here; what a program needs is what its compiler says of it.
@@ -12,11 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import topologies
+from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spec_stream import UserError, decode, sampling, sharding, weights
+from spec_stream import (
+  UserError,
+  decode,
+  roofline,
+  sampling,
+  sharding,
+  weights,
+)
 from spec_stream.drafters.base import Drafter, Params
 from spec_stream.models.config import ModelConfig
 from spec_stream.models.transformer import merge_lora
@@ -34,10 +41,13 @@ TARGET_HELP = (
 )
 
 
-def make_mesh(target: str) -> Mesh:
-  """One device of the target, with the axes of the library.
+def make_mesh(target: str, sizes: tuple[int, int, int] | None = None) -> Mesh:
+  """A mesh of the target's devices, with the axes of the library.
 
-  Raises: UserError if there is no compiler for the target.
+  sizes: of data, fsdp and tensor, one of which may be -1; None: one device.
+
+  Raises: UserError if there is no compiler for the target, or the sizes are not
+    those of its devices.
   """
   if target == "cpu":
     devices = jax.devices("cpu")
@@ -55,8 +65,12 @@ def make_mesh(target: str) -> Mesh:
     devices = topology.devices
   else:
     raise UserError(f"--target={target}: use cpu or tpu:TOPOLOGY")
-  one = np.array(devices[:1]).reshape((1,) * len(AXES))
-  return Mesh(one, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  if sizes is None:
+    devices, sizes = devices[:1], (1, 1, 1)
+  sizes = sharding.sizes(*sizes, devices=len(devices))
+  # In the order of the slice, so that neighbours of an axis are neighbours.
+  placed = mesh_utils.create_device_mesh(sizes, devices)
+  return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def abstract_batch(mesh: Mesh, rows: int, seq_len: int, stream_positions: int):
@@ -98,7 +112,7 @@ def train_step(
   seq_len: int,
   stream_positions: int,
 ):
-  """-> (compiled step, abstract state, abstract batch), as `fit` has them."""
+  """-> (compiled step, abstract state and batch, as `fit` has them, FLOPs)."""
   model = train_config.resolve(model, train)
   train_config.check_segment(train.segment, seq_len, stream_positions)
   found = []
@@ -112,7 +126,8 @@ def train_step(
   state = jax.tree.map(_placed, state, found[0])
   batch = abstract_batch(mesh, rows, seq_len, stream_positions)
   step = make_step(model, train, mesh, found[0])
-  return step.lower(state, batch).compile(), state, batch
+  compiled = step.lower(state, batch).compile()
+  return compiled, state, batch, roofline.flops(step, state, batch)
 
 
 def decoding(
@@ -124,9 +139,11 @@ def decoding(
   prompt: int,
   batch: int = 1,
 ):
-  """-> (compiled prefill, compiled loop, abstract weights by path, and state).
+  """-> (compiled prefill and loop, abstract weights by path, abstract state,
+  FLOPs of one step).
 
-  As in `decode.Decoder`: adapters of shared mode are folded in. Prompts of
+  As in `decode.Decoder`: adapters of shared mode are folded in, weights lie by
+  the rules of `sharding`, and the state where prefill leaves it. Prompts of
   `prompt` tokens; what is left of the cache's slots is for new ones.
   """
   drafter = drafter.resolve(model)
@@ -141,7 +158,7 @@ def decoding(
   here = lambda tree: jax.tree.map(
     lambda x: _placed(x, NamedSharding(mesh, P())), tree
   )
-  values = here(jax.eval_shape(folded, weights.shapes(model)))
+  values = _by_rule(jax.eval_shape(folded, weights.shapes(model)), mesh)
   fixed = dict(graphdef=graph[0], drafter=drafter)
   num_new = slots - prompt - drafter.longest
   if min(prompt, num_new) < 1:
@@ -155,13 +172,32 @@ def decoding(
   first = decode._prefill.lower(
     graph[0], values, drafter, slots, num_new, *args
   )
-  state = here(jax.eval_shape(prefill, values, *args))
+  first = first.compile()
+  state = jax.tree.map(
+    _placed, jax.eval_shape(prefill, values, *args), first.output_shardings
+  )
   loop = decode._loop.lower(**fixed, weights=values, state=state)
   by_path = {
-    "/".join(map(str, path[1:])): variable.get_value()
+    _path(path): variable.get_value()
     for path, variable in nnx.to_flat_state(values)
   }
-  return first.compile(), loop.compile(), by_path, state
+  step = lambda values, state: decode._step(graph[0], values, drafter, state)
+  flops = roofline.flops(step, values, state)
+  return first, loop.compile(), by_path, state, flops
+
+
+def _path(keys) -> str:
+  """A weight's path, below the target in `Params`."""
+  return "/".join(map(str, keys[1:]))
+
+
+def _by_rule(values, mesh: Mesh):
+  """Abstract weights of `Params`, placed by the rules of `sharding`."""
+  flat = nnx.to_flat_state(values)
+  shapes = {_path(path): variable.get_value() for path, variable in flat}
+  place = sharding.weight_shardings(mesh, shapes)
+  put = lambda path, x: x.replace(_placed(x.get_value(), place[_path(path)]))
+  return nnx.map_state(put, values)
 
 
 def _placed(x, place) -> jax.ShapeDtypeStruct:

@@ -1,0 +1,233 @@
+"""Costs read off programs, and what the decoding loop must not contain."""
+
+import dataclasses
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+
+from spec_stream import (
+  NoDraft,
+  StreamDraft,
+  TreeSpec,
+  ahead,
+  compile_check,
+  roofline,
+  weights,
+)
+from spec_stream.errors import UserError
+from spec_stream.models.config import ModelConfig, StreamConfig
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def test_flops_are_those_of_the_products():
+  a, b = jnp.zeros((3, 4, 5)), jnp.zeros((3, 5, 7))
+  product = lambda a, b: a @ b
+  one = 2 * 3 * 4 * 5 * 7
+  assert roofline.flops(product, a, b) == one
+  assert roofline.flops(jax.jit(product), a, b) == one
+  step = lambda total, _: (total + (a @ b).sum(), None)
+  scan = lambda: jax.lax.scan(step, 0.0, None, length=6)
+  assert roofline.flops(scan) == 6 * one
+  either = lambda c: jax.lax.cond(c, lambda: (a @ b).sum(), lambda: 0.0)
+  assert roofline.flops(either, True) == one
+  # Forward, twice with rematerialisation, and two products of the gradient.
+  loss = lambda a: jnp.sum(jnp.sin(jax.checkpoint(product)(a, b)))
+  grad = roofline.flops(jax.grad(loss), a)
+  again = roofline.flops(
+    jax.grad(lambda a: jnp.sum(jax.checkpoint(lambda a: jnp.sin(a @ b))(a))), a
+  )
+  assert (grad, again) == (2 * one, 3 * one)
+
+
+def test_flops_of_a_plain_step_are_two_for_each_weight():
+  """Of a model whose embedding is its head; attention is little beside it."""
+  model = ModelConfig(
+    vocab_size=256,
+    width=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=16,
+    ffw_dim=256,
+    streams=StreamConfig(0, 1),
+  )
+  *_, flops = ahead.decoding(
+    model, NoDraft(), ahead.make_mesh("cpu"), slots=64, prompt=32
+  )
+  count = sum(x.size for x in weights.shapes(model).values())
+  # Scores and values: 65 slots of 2 layers.
+  assert flops == pytest.approx(2 * count + 2 * 2 * 2 * 64 * 65, rel=0.02)
+
+
+def test_collectives_of_a_program():
+  text = """
+  %a = f32[4,8]{1,0:T(8,128)} all-reduce(%x), replica_groups={}
+  %b = (bf16[2,8]{1,0}, bf16[4,8]{1,0}) all-gather-start(%x), dimensions={0}
+  %c = bf16[4,8]{1,0} all-gather-done(%b)
+  %d = (f32[8]{0}, f32[16]{0}) all-reduce(%x, %y), to_apply=%add
+  %e = f32[4]{0} add(%x, %y), metadata={op_name="all-reduce(x)"}
+  """
+  assert roofline.collectives(text) == {
+    "all-reduce": (2, 4 * 4 * 8 + 4 * 24),
+    "all-gather": (1, (2 * 16 + 2 * 32) // 2),
+  }
+
+
+def test_the_longest_part_bounds_a_step():
+  chip = roofline.Chip(flops=100.0, bandwidth=10.0, memory=1.0, links=5.0)
+  cost = roofline.Cost(100.0, 30.0, {"all-reduce": (2, 10)}, chip)
+  assert cost.parts == {"FLOPs": 1.0, "memory": 3.0, "links": 2.0}
+  assert (cost.seconds, cost.bound) == (3.0, "memory")
+
+
+LOOPS = {
+  "plain": (NoDraft(), dataclasses.replace(tiny.MODEL, vocab_size=64)),
+  "streams": (
+    StreamDraft(TreeSpec("best_first", 6)),
+    dataclasses.replace(tiny.MODEL, vocab_size=64),
+  ),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_the_loop_never_leaves_the_device_nor_copies_the_cache(name):
+  drafter, model = LOOPS[name]
+  _, loop, _, state, _ = ahead.decoding(
+    model, drafter, ahead.make_mesh("cpu"), slots=176, prompt=96
+  )
+  text = loop.as_text()
+  assert " while(" in text
+  assert roofline.host_transfers(text) == []
+  shapes = {x.shape for x in jax.tree.leaves(state.cache.layers)}
+  assert shapes and all(176 in shape for shape in shapes)
+  for shape in shapes:
+    assert roofline.copies(text, shape) == []
+    # It is the caller's cache that is written to.
+    assert f"{','.join(map(str, shape))}]" in text
+
+
+def test_what_the_readers_look_for_is_found():
+  def talk(x):
+    jax.debug.print("{}", x)
+    return x + 1
+
+  text = jax.jit(talk).lower(jnp.zeros(3)).compile().as_text()
+  assert roofline.host_transfers(text)
+  assert roofline.copies("%c.1 = f32[2,3]{1,0} copy(%p)", (2, 3))
+  assert not roofline.copies("%c.1 = f32[2,3]{1,0} copy(%p)", (3, 2))
+
+
+@pytest.mark.parametrize(
+  "text", ["v5e", "v5e:", "v5e:4", "v7:2x2", "tpu:v5e:2x2"]
+)
+def test_topologies_that_are_none(text):
+  assert compile_check.chip("v5e:4x4")[1] == "v5e"
+  with pytest.raises(UserError, match="use KIND:TOPOLOGY such as v5e:4x4"):
+    compile_check.chip(text)
+
+
+def test_published_shapes_have_their_number_of_weights():
+  expected = dict(llama2_7b=6_738_415_616, llama3_8b=8_030_261_248)
+  expected["llama2_70b"] = 68_976_648_192
+  for name, count in expected.items():
+    model = ModelConfig(
+      **compile_check.SHAPES[name], streams=StreamConfig(0, 1)
+    )
+    found = sum(x.size for x in weights.shapes(model).values())
+    assert found == count, name
+
+
+def row(**changes):
+  memory = {"arguments": 9e9, "temporaries": 8e9, "total": 17e9}
+  found = {
+    "program": "train 8 x 64",
+    "num_streams": 3,
+    "fits": True,
+    "memory": memory,
+    "chip_memory": 16 * 2**30,
+    "flops": 2e12,
+    "bytes": 3e9,
+    "collectives": {"all-gather": [3, 5e6]},
+    "roofline_ms": 4.0,
+    "bound": "memory",
+  }
+  return {**found, **changes}
+
+
+def test_the_table_and_the_advice():
+  rows = [row(num_streams=0), row(flops=3e12)]
+  lines = compile_check.render(rows).splitlines()
+  assert lines[0].split()[:2] == ["program", "J"]
+  assert (
+    lines[2].split()[4:]
+    == (
+      "3 9.00 8.00 17.00 17.2 yes 3,000.0 1.50 3.00 1.00 3, 5 MB 4.00 memory"
+    ).split()
+  )
+  chip = roofline.CHIPS["v5e"]
+  large = row(memory={"arguments": 9e9, "temporaries": 9e9, "total": 18e9})
+  words = compile_check._advice(large, chip, "set train.remat=True")
+  assert words == (
+    "train 8 x 64, J=3: 18.0 GB a chip of 17.2 (9.0 of weights and state, 9.0 "
+    "of temporaries); set train.remat=True"
+  )
+  error = RuntimeError(
+    "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in "
+    "memory space hbm. Used 20.1G of 15.75G hbm. Exceeded by"
+  )
+  found = compile_check._too_large(error, chip, "lower --batch")
+  assert not found["fits"]
+  assert found["advice"] == (
+    "the compiler used 20.1G of 15.75G a chip; lower --batch"
+  )
+  with pytest.raises(RuntimeError, match="a bug"):
+    compile_check._too_large(RuntimeError("a bug"), chip, "")
+
+
+def call(*args):
+  done = subprocess.run(
+    [sys.executable, "launch/compile.py", *args],
+    cwd=ROOT,
+    env={**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"},
+    capture_output=True,
+    text=True,
+  )
+  return done.returncode, done.stdout, done.stderr
+
+
+def test_mistakes_are_one_line():
+  for args, words in {
+    ("--topology=v9:2x2",): "KIND one of v4",
+    ("--topology=v5e:2x2", "--shape=gpt"): "--shape=gpt: use one of llama2_7b",
+    ("--topology=v5e:2x2", "--programs=run"): "--programs: use train, decode",
+  }.items():
+    code, out, err = call("--config=configs/e2e_nlg.py", *args)
+    assert (code, out) == (1, "") and err.count("\n") == 1
+    assert err.startswith("error: ") and words in err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None, reason="needs libtpu"
+)
+def test_a_slice_that_is_not_here(tmp_path):
+  args = ("--config=configs/e2e_nlg.py", "--topology=v5e:2x2")
+  code, _, err = call(*args, "--config.mesh.fsdp=3")
+  assert code == 1 and "does not fit 4 device" in err
+  code, out, _ = call(
+    *args,
+    "--config.mesh.fsdp=4",
+    "--config.mesh.data=1",
+    "--programs=decode",
+    f"--out={tmp_path / 'rows.jsonl'}",
+  )
+  assert code == 0 and "decode 1 x 2048, 16 nodes" in out
+  assert (tmp_path / "rows.jsonl").read_text().count('"fits": true') == 1
