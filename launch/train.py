@@ -19,6 +19,12 @@ _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file of configs/; --config.a.b=VALUE changes a key."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is written.")
+_PROFILE = flags.DEFINE_bool(
+  "profile",
+  False,
+  "Write a trace of steps 10 to 15 to WORKDIR/profile, for TensorBoard or "
+  "Perfetto.",
+)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -42,7 +48,7 @@ def main(argv):
     check_vocabulary(tokenizer, model.vocab_size, train.init_from)
   else:
     model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
-  number = fit(workdir, model, data, train, tokenizer, mesh)
+  number = fit(workdir, model, data, train, tokenizer, mesh, _PROFILE.value)
   return 128 + number if number else 0
 
 

@@ -86,6 +86,10 @@ def progress_line(record, num_steps):
     parts.append("accept " + " ".join(accept))
   if record.get("tokens_per_second"):
     parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
+  if record.get("mfu"):
+    parts.append(f"MFU {record['mfu']:.0%}")
+  if record.get("memory_gb"):
+    parts.append(f"{record['memory_gb']:.1f} GB")
   parts.append(f"{time_left(record['eta_seconds'])} left")
   return "  ".join(parts)
 

@@ -95,7 +95,9 @@ TRAIN = TrainConfig(
 )
 
 
-def train(workdir, model=SMALL, train=TRAIN, sizes=(-1, 1, 1), **data):
+def train(
+  workdir, model=SMALL, train=TRAIN, sizes=(-1, 1, 1), profile=False, **data
+):
   """`fit` from the tokenizer on, as launch/train.py does it."""
   from spec_stream.data.pipeline import DataConfig
 
@@ -103,7 +105,7 @@ def train(workdir, model=SMALL, train=TRAIN, sizes=(-1, 1, 1), **data):
   tokenizer = start.prepare_tokenizer(workdir, data, train)
   model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
   mesh = sharding.make_mesh(*sizes)
-  return fit.fit(workdir, model, data, train, tokenizer, mesh)
+  return fit.fit(workdir, model, data, train, tokenizer, mesh, profile)
 
 
 def losses(workdir):

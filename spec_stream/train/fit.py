@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import itertools
 import math
 import time
@@ -17,6 +18,7 @@ from spec_stream.errors import UserError
 from spec_stream.metrics import MetricWriter
 from spec_stream.models.config import ModelConfig
 from spec_stream.train import config as train_config
+from spec_stream.train import meter as meters
 from spec_stream.train import start
 from spec_stream.train import state as states
 from spec_stream.train.config import TrainConfig
@@ -32,8 +34,11 @@ def fit(
   train: TrainConfig,
   tokenizer,
   mesh: Mesh,
+  profile: bool = False,
 ) -> int:
   """Trains until train.steps, from the last checkpoint of workdir if any.
+
+  profile: write a trace of a few steps to <workdir>/profile.
 
   Returns 0, or the number of the signal (SIGINT, SIGTERM) that stopped it,
   after a checkpoint.
@@ -84,7 +89,9 @@ def fit(
     _announce(model, state, mesh)
     first = next(source)
     step = make_step(model, train, mesh, shardings, teacher)
-    compiled = _compile(step, state, _to_devices(first, mesh), *taught)
+    on_devices = _to_devices(first, mesh)
+    meter = _meter(model, train, mesh, shardings, teacher, state, on_devices)
+    compiled = _compile(step, state, on_devices, *taught)
     writer = stack.enter_context(
       MetricWriter(
         workdir,
@@ -94,13 +101,16 @@ def fit(
       )
     )
     stop = stack.enter_context(hosts.stop_signals())
+    trace = stack.enter_context(
+      meters.profiler(f"{workdir}/profile" if profile else "")
+    )
     batches = itertools.chain([first], source)
     save = lambda step, state: saver.save(
       step, state.trained, state.opt_state, source
     )
     step = lambda state, batch: compiled(state, batch, *taught)
     at, signal_number = _loop(
-      train, mesh, step, state, batches, save, writer, stop
+      train, meter, step, state, batches, save, writer, stop, trace
     )
     saver.wait()
   if at < train.steps:
@@ -110,12 +120,12 @@ def fit(
   return 0
 
 
-def _loop(train, mesh, step, state, batches, save, writer, stop):
+def _loop(train, meter, step, state, batches, save, writer, stop, trace):
   """Steps until train.steps or a signal; -> (the last one, which is saved, the
   number of the signal or 0)."""
   flying = collections.deque()  # metrics of dispatched steps
   at, tokens, since = int(state.step), 0, time.monotonic()
-  saved = at
+  first = saved = logged = at
 
   def save_here():
     nonlocal saved
@@ -125,9 +135,10 @@ def _loop(train, mesh, step, state, batches, save, writer, stop):
     saved = at
 
   while not (number := stop(at)) and at < train.steps:
+    trace(at - first)
     batch = next(batches)
     tokens += int(np.count_nonzero(batch["segment_ids"]))
-    state, metrics = step(state, _to_devices(batch, mesh))
+    state, metrics = step(state, _to_devices(batch, meter.mesh))
     at += 1
     flying.append((at, metrics))
     _drain(flying, _IN_FLIGHT)
@@ -135,13 +146,22 @@ def _loop(train, mesh, step, state, batches, save, writer, stop):
       _drain(flying, 0)
       now = time.monotonic()
       values = {name: float(x) for name, x in metrics.items()}
-      rate = tokens / (now - since)
-      writer.write(at, {**values, "tokens_per_second": rate})
-      tokens, since = 0, now
+      used = meter.read(at - logged, tokens, now - since)
+      writer.write(at, {**values, **used})
+      tokens, since, logged = 0, now, at
     if at % train.save_every == 0:
       save_here()
   save_here()
   return at, number
+
+
+def _meter(model, train, mesh, shardings, teacher, state, batch):
+  """Of the step without recomputation, a teacher's own products aside."""
+  once = dataclasses.replace(train, remat=False, remat_logits=False)
+  if teacher is not None:
+    return meters.Meter(mesh, None)
+  step = make_step(model, once, mesh, shardings)
+  return meters.make(mesh, step, state, batch)
 
 
 def _drain(flying, limit: int):
