@@ -114,6 +114,33 @@ def test_the_loop_never_leaves_the_device_nor_copies_the_cache(name):
     assert f"{','.join(map(str, shape))}]" in text
 
 
+def test_tensor_parallel_decoding_gathers_no_kernel():
+  """Over four devices: what moves is of the size of activations."""
+  code = """
+from spec_stream import StreamDraft, TreeSpec, ahead, roofline, weights
+from spec_stream.models.config import ModelConfig, StreamConfig
+streams = StreamConfig(2, 1, mode="lossless", lora_rank=8)
+model = ModelConfig(vocab_size=64, width=256, num_layers=2, num_heads=8,
+  num_kv_heads=4, head_dim=32, ffw_dim=512, streams=streams)
+mesh = ahead.make_mesh("cpu", (1, 1, 4))
+drafter = StreamDraft(TreeSpec("best_first", 4))
+_, loop, *_ = ahead.decoding(model, drafter, mesh, slots=96, prompt=32)
+found = [size for line in loop.as_text().splitlines()
+  for _, size in roofline.collectives(line).values()]
+kernels = [x.size * 4 for path, x in weights.shapes(model).items()
+  if path.endswith("kernel")]
+print(len(found), max(found), min(kernels))
+"""
+  env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+  env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+  done = subprocess.run(
+    [sys.executable, "-c", code], env=env, capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr
+  count, largest, kernel = map(int, done.stdout.split())
+  assert count and largest < kernel / 4
+
+
 def test_what_the_readers_look_for_is_found():
   def talk(x):
     jax.debug.print("{}", x)

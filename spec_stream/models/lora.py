@@ -73,26 +73,30 @@ class Linear(nnx.Module):
     """
     batch, rows = x.shape[:2]
     x = x.reshape(batch, rows, -1)
-    flat = lambda w, n: w[...].astype(x.dtype).reshape(n, -1)
+    # Inputs as one axis, outputs as they are: a flat axis of outputs that are
+    # split over `tensor` in its inner part would be gathered on every device.
+    wide = lambda w: w[...].astype(x.dtype).reshape(x.shape[-1], *w.shape[ins:])
+    ins = len(self.inputs)
     if self.kernel_scale is None:
-      kernel = flat(self.kernel, x.shape[-1])
-      y = jnp.matmul(x, kernel, preferred_element_type=dtype)
+      kernel = wide(self.kernel)
+      y = jnp.tensordot(x, kernel, 1, preferred_element_type=dtype)
     else:
       scale = self.kernel_scale[...]
       kernel = self.kernel[...].reshape(x.shape[-1], -1)
       scale = scale.reshape(len(scale), -1)
       y = x @ quant.dequantise(kernel, scale, x.dtype)
+      y = y.reshape(batch, rows, *self.outputs)
     if self.bias is not None:
-      y = y + self.bias[...].astype(y.dtype).reshape(-1)
+      y = y + self.bias[...].astype(y.dtype)
     if self.lora_a is not None and adapt_from < rows:
-      rank = self.lora_b.shape[0]
-      low = x[:, adapt_from:] @ flat(self.lora_a, x.shape[-1])
-      low = (low @ flat(self.lora_b, rank)) * self.lora_scale
+      low = x[:, adapt_from:] @ wide(self.lora_a)
+      low = jnp.tensordot(low, self.lora_b[...].astype(x.dtype), 1)
+      low = low * self.lora_scale
       if adapt_from:
         y = jnp.concatenate([y[:, :adapt_from], y[:, adapt_from:] + low], 1)
       else:
         y = y + low
-    return y.reshape(batch, rows, *self.outputs)
+    return y
 
   def merge(self):
     """Folds the adapter into the kernel: right where it serves every row."""
