@@ -194,6 +194,8 @@ def plot(path: pathlib.Path, lines: dict, x: str, y: str):
       [max(v - low, 0) for v, low in zip(ys, lows)],
       [max(high - v, 0) for v, high in zip(ys, highs)],
     ]
+    if not any(map(sum, spread)):  # none is known: no bars of no width
+      spread = None
     axes.errorbar(
       xs, ys, spread, label=label, marker="o", markersize=4, capsize=3, lw=1.5
     )
