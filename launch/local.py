@@ -18,6 +18,7 @@ import time
 
 from common import ROOT
 from spec_stream import sweep
+from spec_stream.errors import UserError
 from spec_stream.metrics import time_left
 
 _POLL = 0.2  # seconds
@@ -34,6 +35,7 @@ class _Active:
   process: subprocess.Popen | None = None
   since: float = 0.0
   tries: int = 0
+  told: int = 0  # signals sent to it
 
 
 class Local:
@@ -58,15 +60,28 @@ class Local:
     self.total = sum(map(len, self.left.values()))  # commands
     self.ended, self.spent = 0, 0.0  # commands, seconds
     self.active: list[_Active] = []
-    self.stopped, self.told = False, set()
+    self.signals: list[int] = []  # that came
+    self.told = set()
+    self.env = dict(os.environ)
+    if len(self.slots) > 1 and not self.gpus:  # they share one, if there is any
+      share = f"{0.9 / len(self.slots):.3f}"
+      self.env.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", share)
+
+  @property
+  def stopped(self) -> int:
+    """The signal that stopped it, or 0."""
+    return self.signals[0] if self.signals else 0
 
   def run(self):
     """Until all is done, has failed, or a signal stops it."""
     numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {n: signal.signal(n, self._stop) for n in numbers}
+    note = lambda number, frame: self.signals.append(number)
+    before = {n: signal.signal(n, note) for n in numbers}
     try:
       while True:
         self.active = [one for one in self.active if self._goes_on(one)]
+        for one in self.active:
+          self._tell(one)
         if not self.stopped:
           self._start()
         waits = "waiting" in self.state.values() and not self.stopped
@@ -79,12 +94,12 @@ class Local:
       for one in self.active:  # after a bug of this file alone
         one.process.terminate()
 
-  def _stop(self, number, frame):
-    """Commands hear of it too, and save what they can; a second signal kills
-    them."""
-    for one in self.active:
-      one.process.send_signal(signal.SIGKILL if self.stopped else signal.SIGINT)
-    self.stopped = True
+  def _tell(self, one: _Active):
+    """Of a signal that came, so that a command saves what it can; a second one
+    kills it."""
+    while one.told < len(self.signals):
+      one.process.send_signal(signal.SIGKILL if one.told else signal.SIGINT)
+      one.told += 1
 
   def _start(self):
     """Starts what is ready, as long as there is a free slot."""
@@ -103,7 +118,13 @@ class Local:
         if lock is None:
           continue
         # Another sweep may have done some of it before this one had the lock.
-        self.left[task.name] = sweep.missing(task, self.workdir)
+        try:
+          self.left[task.name] = sweep.missing(task, self.workdir)
+        except UserError as e:
+          self.state[task.name] = "failed"
+          self._say(task.name, f"error: {e}")
+          os.close(lock)
+          continue
         self.state[task.name] = "running"
         one = _Active(task, lock, free[0])
         if self._next(one):
@@ -135,10 +156,10 @@ class Local:
 
   def _launch(self, one: _Active):
     command = sweep.fill(one.command, self.workdir)
-    env = dict(os.environ)
+    env = dict(self.env)
     if self.gpus:
       env["CUDA_VISIBLE_DEVICES"] = self.gpus[one.slot]
-    one.tries, one.since = one.tries + 1, time.monotonic()
+    one.tries, one.since, one.told = one.tries + 1, time.monotonic(), 0
     with open(self._log(one.task), "a", encoding="utf-8") as log:
       print(f"$ {shlex.join(command)}", file=log, flush=True)
       one.process = subprocess.Popen(

@@ -13,7 +13,7 @@ each run that does not set the key itself. A table of all benchmarks ends it;
 experiments/report.py makes plots of them.
 """
 
-import pathlib
+import hashlib
 import shlex
 import subprocess
 import sys
@@ -54,7 +54,7 @@ _PROCESSES = flags.DEFINE_integer(
   "processes",
   1,
   "With local: runs at a time. Benchmarks beside one another on one device are "
-  "slower and noisier; their counts are the same.",
+  "slower and noisier; their counts are the same. A TPU serves one alone.",
   lower_bound=1,
 )
 _GPUS = flags.DEFINE_list(
@@ -96,7 +96,7 @@ def main(argv):
   runs.run()
   print(sweeping.render(found, _WORKDIR.value, runs.state))
   if runs.stopped:
-    return 130
+    return 128 + runs.stopped
   return 0 if set(runs.state.values()) == {"done"} else 1
 
 
@@ -105,9 +105,12 @@ def _submit(found) -> int:
 
   --noneeds trusts that needs are done: the job sees the workdir, and refuses.
   """
+  import sweeping
   from spec_stream import sweep
 
-  rest = [a for a in sys.argv[1:] if not _is_of_sweep(a)]
+  words = ["launch/sweep.py", *sweeping.words("config")]
+  words += [f"--workdir={_WORKDIR.value}", f"--retries={_RETRIES.value}"]
+  words += [f"--benchmark={flag}" for flag in _BENCHMARK.value]
   codes = []
   for task in found:
     if not sweep.missing(task, _WORKDIR.value):
@@ -120,22 +123,17 @@ def _submit(found) -> int:
     if waits:
       print(f"# {task.name} waits for {', '.join(waits)}", file=sys.stderr)
       continue
-    name = f"{pathlib.Path(_WORKDIR.value).name}-{task.name}"
-    name = "".join(c if c.isalnum() else "-" for c in name.lower())
-    run = ["launch/sweep.py", *rest, f"--runs={task.name}", "--noneeds"]
+    run = [*words, f"--runs={task.name}", "--noneeds"]
+    name = "".join(c if c.isalnum() else "-" for c in task.name.lower())
+    which = hashlib.sha256(f"{_WORKDIR.value}/{task.name}".encode())
+    name = f"sweep-{name[:24].strip('-')}-{which.hexdigest()[:6]}"
     launcher = common.ROOT / "launch" / "cluster" / f"{_EXECUTOR.value}.py"
-    words = [f"--name={name}", f"--command={shlex.join(run)}", *_JOB.value]
-    done = subprocess.run([sys.executable, launcher, *words])
+    job = [f"--name={name}", f"--command={shlex.join(run)}", *_JOB.value]
+    done = subprocess.run([sys.executable, launcher, *job])
     codes.append(done.returncode)
     if done.returncode:
       break  # the next would say the same
   return 1 if any(codes) else 0
-
-
-def _is_of_sweep(argument: str) -> bool:
-  """Whether a flag says how jobs are made, and not what they do."""
-  name = argument.lstrip("-").partition("=")[0]
-  return name in ("executor", "runs", "job", "needs", "noneeds")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,16 @@ def read(flag: str, benchmark=()) -> list[sweep.Task]:
   return found
 
 
+def words(flag: str) -> list[str]:
+  """The config flag and its overrides, as arguments of a command."""
+  flag = flags.FLAGS[flag]
+  overrides = config_flags.get_override_values(flag)
+  return [
+    f"--config={config_flags.get_config_filename(flag)}",
+    *(f"--config.{key}={value}" for key, value in overrides.items()),
+  ]
+
+
 def _load(path: str):
   spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
   module = importlib.util.module_from_spec(spec)

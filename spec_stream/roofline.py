@@ -39,7 +39,7 @@ COLLECTIVES = (
   "all-reduce all-gather reduce-scatter all-to-all collective-permute"
 ).split()
 _KINDS = "|".join(COLLECTIVES)
-# A "-start" names its operand beside its result, and a "-done" neither.
+# But for all-reduce, a "-start" names its operand beside its result.
 _RESULT = re.compile(rf"= (\([^=]*?\)|\S+) ({_KINDS})(-start)?\(")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+)\w*\[([\d,]*)\]")
 
@@ -79,12 +79,13 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
   """{kind: (how many, bytes of their results)} of an optimised program."""
   found = {}
   for shape, kind, started in _RESULT.findall(text):
-    size = sum(
+    sizes = [
       math.prod(map(int, filter(None, dims.split(",")))) * _width(kind_)
       for kind_, dims in _ARRAY.findall(shape)
-    )
-    if started and shape.startswith("("):
-      size //= 2
+    ]
+    if started and len(sizes) > 1 and kind != "all-reduce":
+      sizes = sizes[1:2]  # (operand, result, ...)
+    size = sum(sizes)
     count, bytes_ = found.get(kind, (0, 0))
     found[kind] = (count + 1, bytes_ + size)
   return found

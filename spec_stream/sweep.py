@@ -3,8 +3,8 @@
 A config's `sweep()` yields `Run`s. A run is a directory below the sweep's, and
 a list of commands in it: one training, then benchmarks and evaluations. Each
 command that has ended well is a line of `<run>/sweep.jsonl`, so that a sweep
-which was killed goes on where it was, and one whose settings changed repeats
-what depends on them.
+which was killed goes on where it was, and a run whose settings changed is done
+again; one that started from it must be removed first.
 """
 
 import dataclasses
@@ -194,10 +194,20 @@ def _is_text(value) -> bool:
 
 
 def missing(task: Task, workdir) -> list[tuple[str, ...]]:
-  """The commands of the task that are still to be run, in order."""
+  """The commands of the task that are still to be run, in order.
+
+  Raises: UserError if a run that it started from was trained again since.
+  """
   done = _records(task, workdir)
   if task.commands[0] not in done:
     return list(task.commands)
+  for name, date in done[task.commands[0]].get("needs", {}).items():
+    if date != _trained(name, workdir):
+      folder = pathlib.Path(workdir) / task.name
+      raise UserError(
+        f"{name} was trained again since {task.name} started from it: remove "
+        f"{folder} to repeat it, or give another --workdir"
+      )
   return [command for command in task.commands if command not in done]
 
 
@@ -214,10 +224,20 @@ def check_needs(found: Sequence[Task], every: Sequence[Task], workdir):
       )
 
 
+def _trained(name: str, workdir) -> str | None:
+  """When the training of a run ended, by its record."""
+  path = pathlib.Path(workdir) / name / RECORD
+  records = metrics.read_jsonl(path) if path.exists() else []
+  dates = [r.get("date") for r in records if "launch/train.py" in r["command"]]
+  return dates[-1] if dates else None
+
+
 def record(task: Task, command: Sequence[str], workdir, **about):
   """Writes that a command has ended well; of a benchmark also which rows of
   results.jsonl are its own."""
   folder = pathlib.Path(workdir) / task.name
+  if command[0] == "launch/train.py":
+    about["needs"] = {name: _trained(name, workdir) for name in task.needs}
   if command[0] == "launch/benchmark.py":
     about["run_id"] = metrics.read_jsonl(folder / RESULTS)[-1].get("run_id")
   metrics.append_jsonl(folder / RECORD, [{"command": list(command), **about}])

@@ -190,9 +190,13 @@ def test_a_batch_script_saves_and_is_queued_again(tmp_path):
   fake(
     tmp_path,
     "srun",
-    f"trap 'echo saved > {tmp_path}/saved; exit 143' TERM\n"
+    # As srun does, it kills what it runs when it is itself told to end.
+    f"echo $$ > {tmp_path}/task\n"
+    f"trap 'echo saved > {tmp_path}/saved; exit 143' USR1\n"
     f"touch {tmp_path}/ready\nfor i in {{1..100}}; do sleep 0.1; done",
   )
+  term = f'[ "$*" = "--signal=TERM 7" ] && kill -USR1 $(cat {tmp_path}/task)'
+  fake(tmp_path, "scancel", term)
   fake(tmp_path, "scontrol", f'echo "$@" > {tmp_path}/again')
   (tmp_path / "script.sh").write_text(out)
   env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
@@ -242,6 +246,7 @@ def test_slices_that_do_not_exist(jobs, text, message):
   "change, message",
   [
     (("launch/train.py", "train.py"), "must begin with a command of this"),
+    (("launch/train.py", "launch/benchmark.py"), "which is for one"),
     (("launch/train.py", "launch/trian.py"), "must begin with a command"),
     (("--workdir=/data/runs/e2e", ""), "needs --workdir"),
     (("=/data/runs", "=runs"), "use --workdir=/data/..."),
@@ -257,9 +262,9 @@ def test_slices_that_do_not_exist(jobs, text, message):
   ],
 )
 def test_commands_that_would_fail_there(jobs, change, message):
-  assert jobs.parse_command(TRAIN, 16, mounted=True) == TRAIN.split()
+  assert jobs.parse_command(TRAIN, 16, 4, mounted=True) == TRAIN.split()
   with pytest.raises(jobs.UserError, match=message):
-    jobs.parse_command(TRAIN.replace(*change), 16, mounted=True)
+    jobs.parse_command(TRAIN.replace(*change), 16, 4, mounted=True)
 
 
 @pytest.mark.parametrize("bucket", ["", "My-Runs", "a/b", "x"])

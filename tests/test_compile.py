@@ -77,7 +77,7 @@ def test_collectives_of_a_program():
   """
   assert roofline.collectives(text) == {
     "all-reduce": (2, 4 * 4 * 8 + 4 * 24),
-    "all-gather": (1, (2 * 16 + 2 * 32) // 2),
+    "all-gather": (1, 2 * 32),
   }
 
 

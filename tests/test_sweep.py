@@ -156,6 +156,18 @@ def test_what_is_left_of_a_run(tmp_path):
     sweep.missing(task, moved)
 
 
+def test_a_base_that_was_trained_again(tmp_path):
+  base, run = sweep.tasks(RUNS, "c.py")
+  for name in "ab":
+    (tmp_path / name).mkdir()
+  sweep.record(base, base.commands[0], tmp_path, date="1")
+  sweep.record(run, run.commands[0], tmp_path, date="2")
+  assert len(sweep.missing(run, tmp_path)) == 1  # its benchmark
+  sweep.record(base, base.commands[0], tmp_path, date="3")
+  with pytest.raises(UserError, match="a was trained again since b started"):
+    sweep.missing(run, tmp_path)
+
+
 # -- the launcher -------------------------------------------------------------
 
 
@@ -256,14 +268,14 @@ def test_a_job_for_each_run_that_can_start(folder):
   args = ("--executor=slurm", "--job=--partition=gpu", "--retries=2")
   code, out, err = call(folder, *args)
   assert code == 0 and "# streams_6 waits for base\n" in err
-  assert out.count("#SBATCH --job-name=out-base\n") == 1
+  assert out.count("#SBATCH --job-name=sweep-base-") == 1
   assert out.count("#!/usr/bin/env bash") == 1
   assert "#SBATCH --partition=gpu" in out and "ntasks-per-node=1\n" in out
   (line,) = [line for line in out.splitlines() if line.startswith("srun")]
   command = line.split(".venv/bin/python ")[1].removesuffix(" &").split()
   assert command[0] == "launch/sweep.py"
   assert command[1:] == (
-    ["--config=c.py", "--retries=2", "--workdir=out", "--runs=base"]
+    ["--config=c.py", "--workdir=out", "--retries=2", "--runs=base"]
     + ["--noneeds"]
   )
   other = [*command[1:-2], "--runs=streams_2", "--noneeds"]
@@ -274,7 +286,7 @@ def test_a_job_for_each_run_that_can_start(folder):
   assert out.count("#!/usr/bin/env bash") == 6
   assert call(folder, *other)[0] == 0
   code, out, _ = call(folder, *args)
-  assert out.count("#!/usr/bin/env bash") == 5 and "out-streams-2" not in out
+  assert out.count("#!/usr/bin/env bash") == 5 and "sweep-streams-2" not in out
   code, out, err = call(folder, "--executor=jobset", "--job=--image=i")
   assert code == 1 and "error: --topology is needed" in err
 
@@ -314,7 +326,7 @@ def test_a_signal_reaches_the_command_and_stops_the_sweep(folder):
   until(lambda: log.exists() and "asleep" in log.read_text())
   process.send_signal(signal.SIGTERM)
   out, err = process.communicate(timeout=60)
-  assert process.returncode == 130 and err == ""
+  assert process.returncode == 128 + signal.SIGTERM and err == ""
   assert "stopped: base" in out and "waiting: streams_1," in out
   assert (folder / "out" / "base" / "saved").exists()
   assert ran(folder) == ["train base"]

@@ -140,12 +140,15 @@ def check_bucket(bucket: str):
   return name
 
 
-def parse_command(text: str, devices: int, mounted: bool) -> list[str]:
+def parse_command(
+  text: str, devices: int, processes: int, mounted: bool
+) -> list[str]:
   """The command as words, checked as far as can be done from here.
 
   Args:
     text: of --command.
     devices: that it will see, over all hosts.
+    processes: that run it together, of which launch/train.py alone knows.
     mounted: whether its --workdir must lie in the bucket.
 
   Raises: UserError, among others where the mesh is not of so many devices.
@@ -159,6 +162,11 @@ def parse_command(text: str, devices: int, mounted: bool) -> list[str]:
     raise UserError(
       f"--command={text:.60}: must begin with a command of this project, such "
       "as launch/train.py"
+    )
+  if processes > 1 and script.name != "train.py":
+    raise UserError(
+      f"--command: {processes} processes would run {script}, which is for one: "
+      "ask for one GPU, or a slice of one host"
     )
   options = dict(_options(words[1:]))
   workdir = options.get("workdir", "")

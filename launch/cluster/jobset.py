@@ -128,7 +128,9 @@ def main(argv):
   jobs.check_name(jobs.NAME.value)
   where = jobs.parse_slice(_TOPOLOGY.value)
   bucket = jobs.check_bucket(_BUCKET.value)
-  command = jobs.parse_command(jobs.COMMAND.value, where.chips, mounted=True)
+  command = jobs.parse_command(
+    jobs.COMMAND.value, where.chips, where.hosts, mounted=True
+  )
   made = manifest(
     jobs.NAME.value,
     where,

@@ -48,6 +48,7 @@ def script(
     "cpus-per-task": cpus_per_task,
     "time": f"{minutes // 60:02}:{minutes % 60:02}:00",
     "signal": "B:TERM@120",
+    "dependency": "singleton",  # one job of a name at a time
     "open-mode": "append",
     "output": f"{name}-%j.log",
   }
@@ -57,15 +58,15 @@ def script(
   lines += [f"#SBATCH --{key}={value}" for key, value in options.items()]
   lines += ["#SBATCH --requeue"] if requeue else []
   again = 'scontrol requeue "$SLURM_JOB_ID"' if requeue else "true"
-  # The shell hears of the end first: srun passes the signal on to its tasks.
+  # The shell hears of the end first. srun would answer SIGTERM by killing its
+  # tasks, so they are told through the controller.
   return "\n".join(
     [
       *lines,
       "set -u",
       'cd "$SLURM_SUBMIT_DIR" || exit 1',
-      "tasks=''",
       "stopped=0",
-      "trap 'stopped=1; kill -TERM \"$tasks\"' TERM",
+      "trap 'stopped=1; scancel --signal=TERM \"$SLURM_JOB_ID\"' TERM",
       f"srun --kill-on-bad-exit=1 .venv/bin/python {shlex.join(command)} &",
       "tasks=$!",
       'wait "$tasks"',
@@ -87,7 +88,7 @@ def main(argv):
   devices = _NODES.value * _GPUS.value
   text = script(
     jobs.NAME.value,
-    jobs.parse_command(jobs.COMMAND.value, devices, mounted=False),
+    jobs.parse_command(jobs.COMMAND.value, devices, devices, mounted=False),
     nodes=_NODES.value,
     gpus_per_node=_GPUS.value,
     cpus_per_task=_CPUS.value,

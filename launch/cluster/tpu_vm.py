@@ -36,8 +36,10 @@ sudo apt-get update -qq
 sudo apt-get install -y -qq python3-venv >/dev/null
 command -v gcsfuse >/dev/null || sudo apt-get install -y -qq gcsfuse >/dev/null
 SPEC_STREAM_EXTRAS=tpu bash -c '. launch/environment.sh'
-sudo mkdir -p {jobs.MOUNT} && sudo chown "$USER" {jobs.MOUNT}
-mountpoint -q {jobs.MOUNT} || gcsfuse --implicit-dirs BUCKET {jobs.MOUNT}
+if ! mountpoint -q {jobs.MOUNT}; then
+  sudo mkdir -p {jobs.MOUNT} && sudo chown "$USER" {jobs.MOUNT}
+  gcsfuse --implicit-dirs BUCKET {jobs.MOUNT}
+fi
 """
 
 
@@ -74,7 +76,8 @@ def script(
       f"tpu describe {name} >/dev/null 2>&1 || {create}",
       *([] if keep else [f"trap '{delete}' EXIT"]),
       "files=$(mktemp -d)/spec_stream.tar.gz",
-      'git archive --format=tar.gz --output="$files" HEAD',
+      f"git -C {shlex.quote(str(common.ROOT))} archive --format=tar.gz "
+      '--output="$files" HEAD',
       f'tpu scp "$files" {name}:spec_stream.tar.gz --worker=all',
       f"tpu ssh {name} --worker=all --command={install}",
       f"tpu ssh {name} --worker=all --command={run}",
@@ -94,7 +97,9 @@ def main(argv):
     _ZONE.value,
     _PROJECT.value,
     bucket,
-    jobs.parse_command(jobs.COMMAND.value, where.chips, mounted=True),
+    jobs.parse_command(
+      jobs.COMMAND.value, where.chips, where.hosts, mounted=True
+    ),
     spot=_SPOT.value,
     keep=_KEEP.value,
   )

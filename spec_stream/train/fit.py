@@ -157,7 +157,7 @@ def _loop(train, meter, step, state, batches, save, writer, stop, trace):
 
 def _meter(model, train, mesh, shardings, teacher, state, batch):
   """Of the step without recomputation, a teacher's own products aside."""
-  once = dataclasses.replace(train, remat=False, remat_logits=False)
+  once = dataclasses.replace(train, remat=False, remat_logits=False, segment=0)
   if teacher is not None:
     return meters.Meter(mesh, None)
   step = make_step(model, once, mesh, shardings)
