@@ -217,7 +217,7 @@ def plot(path: pathlib.Path, lines: dict, x: str, y: str):
 def main(argv):
   del argv
   rows = load(_RESULTS.value)
-  rows = [r for r in rows if "A against A" not in r["method"]]  # the noise
+  rows = [row for row in rows if not results.is_noise(row)]
   rows = select(rows, _WHERE.value)
   if not rows:
     raise common.UserError(f"--results={','.join(_RESULTS.value)}: no rows")

@@ -52,7 +52,7 @@ def main(argv):
   from spec_stream import compile_check as check
   from spec_stream import metrics
 
-  chip, kind = check.chip(_TOPOLOGY.value)
+  chip = check.chip(_TOPOLOGY.value)
   try:
     counts = [int(n) for n in _STREAMS.value] or [None]
   except ValueError:
@@ -61,10 +61,6 @@ def main(argv):
   if unknown or not _PROGRAMS.value:
     raise common.UserError("--programs: use train, decode or both")
   given = _CONFIG.value.to_dict()
-  if _SHAPE.value and given["model"]["checkpoint"] == "HF_DIR":
-    given["model"]["checkpoint"] = ""
-  if _SHAPE.value and not given["train"]["init_from"]:
-    given["train"]["init_from"] = "BASE"  # that is named, and not read
   model, data, train = check.configure(given, _SHAPE.value)
   mesh = check.mesh(_TOPOLOGY.value, given["mesh"])
   rows = []
@@ -78,8 +74,8 @@ def main(argv):
         row = check.decoding(
           which, mesh, chip, _BATCH.value, _SLOTS.value, _NODES.value
         )
-      row |= {"topology": _TOPOLOGY.value, "shape": _SHAPE.value, "kind": kind}
-      row |= {"mesh": dict(mesh.shape), "compile_seconds": None}
+      row |= {"topology": _TOPOLOGY.value, "shape": _SHAPE.value}
+      row |= {"mesh": dict(mesh.shape)}
       row["compile_seconds"] = round(time.monotonic() - start, 1)
       rows.append(row)
       if _OUT.value:

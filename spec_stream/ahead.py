@@ -4,9 +4,7 @@ Weights and batches are shapes without values, so a 7B model needs no memory
 here; what a program needs is what its compiler says of it.
 """
 
-import json
 import os
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -224,10 +222,3 @@ def memory(compiled) -> dict[str, int]:
   }
   kept = parts["outputs"] - parts["aliased"]
   return parts | {"total": parts["arguments"] + kept + parts["temporaries"]}
-
-
-def append(out: pathlib.Path, record: dict):
-  """One JSON object a compilation, in `out`/results.jsonl."""
-  out.mkdir(parents=True, exist_ok=True)
-  with open(out / "results.jsonl", "a") as file:
-    file.write(json.dumps(record) + "\n")

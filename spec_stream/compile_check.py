@@ -53,15 +53,15 @@ SHAPES = {
 }
 
 
-def chip(topology: str) -> tuple[roofline.Chip, str]:
-  """'v5e:4x4' -> (its chip, 'v5e'). Raises: UserError."""
+def chip(topology: str) -> roofline.Chip:
+  """Of 'v5e:4x4', a v5e. Raises: UserError."""
   kind, _, rest = topology.partition(":")
   if kind not in roofline.CHIPS or not re.fullmatch(r"\d+(x\d+)+", rest):
     raise UserError(
       f"--topology={topology}: use KIND:TOPOLOGY such as v5e:4x4, KIND one of "
       f"{', '.join(roofline.CHIPS)}"
     )
-  return roofline.CHIPS[kind], kind
+  return roofline.CHIPS[kind]
 
 
 def mesh(topology: str, sizes: dict) -> Mesh:
@@ -78,6 +78,9 @@ def configure(
   """
   if shape and shape not in SHAPES:
     raise UserError(f"--shape={shape}: use one of {', '.join(SHAPES)}")
+  if shape:  # of a base that is named, and not read
+    given["model"]["checkpoint"] = ""
+    given["train"]["init_from"] = given["train"]["init_from"] or "BASE"
   model, data, train = start.configure(given)
   if shape:
     kinds = {"param_dtype": "bfloat16", "dtype": "bfloat16"}

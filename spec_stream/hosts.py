@@ -43,9 +43,7 @@ def join():
   try:
     jax.distributed.initialize(**settings)
   except ValueError as e:
-    if settings:
-      raise
-    if "coordinator_address" not in str(e):
+    if settings or "coordinator_address" not in str(e):
       raise
     return  # a machine with TPUs of its own and no others beside it
   except RuntimeError as e:

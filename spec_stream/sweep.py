@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from spec_stream import metrics
+from spec_stream import metrics, results
 from spec_stream.errors import UserError
 
 RECORD, RESULTS = "sweep.jsonl", "results.jsonl"
@@ -174,10 +174,10 @@ def fill(command: Sequence[str], workdir) -> list[str]:
 # -- what is done ------------------------------------------------------------
 
 
-def _records(task: Task, workdir) -> dict[tuple[str, ...], dict]:
+def _records(name: str, workdir) -> dict[tuple[str, ...], dict]:
   """{command: its newest record}; those older than the last training are left
   out, for they are of other weights."""
-  path = pathlib.Path(workdir) / task.name / RECORD
+  path = pathlib.Path(workdir) / name / RECORD
   done = {}
   for record in metrics.read_jsonl(path) if path.exists() else ():
     command = record.get("command")
@@ -198,7 +198,7 @@ def missing(task: Task, workdir) -> list[tuple[str, ...]]:
 
   Raises: UserError if a run that it started from was trained again since.
   """
-  done = _records(task, workdir)
+  done = _records(task.name, workdir)
   if task.commands[0] not in done:
     return list(task.commands)
   for name, date in done[task.commands[0]].get("needs", {}).items():
@@ -226,10 +226,10 @@ def check_needs(found: Sequence[Task], every: Sequence[Task], workdir):
 
 def _trained(name: str, workdir) -> str | None:
   """When the training of a run ended, by its record."""
-  path = pathlib.Path(workdir) / name / RECORD
-  records = metrics.read_jsonl(path) if path.exists() else []
-  dates = [r.get("date") for r in records if "launch/train.py" in r["command"]]
-  return dates[-1] if dates else None
+  for command, found in _records(name, workdir).items():
+    if command[:1] == ("launch/train.py",):
+      return found.get("date")
+  return None
 
 
 def record(task: Task, command: Sequence[str], workdir, **about):
@@ -267,13 +267,13 @@ def rows(found: Sequence[Task], workdir) -> list[dict]:
   ]
   table = []
   for (task, command), values in settings.items():
-    done = _records(task, workdir).get(command)
+    done = _records(task.name, workdir).get(command)
     if done is None:
       continue
     own = {key: values.get(key, "") for key in varied}
     for row in metrics.read_jsonl(pathlib.Path(workdir) / task.name / RESULTS):
       if row.get("run_id") == done.get("run_id"):
-        if "A against A" not in row.get("method", ""):
+        if not results.is_noise(row):
           table.append({"run": task.name, "set": own, **row})
   return table
 

@@ -156,7 +156,7 @@ def test_what_the_readers_look_for_is_found():
   "text", ["v5e", "v5e:", "v5e:4", "v7:2x2", "tpu:v5e:2x2"]
 )
 def test_topologies_that_are_none(text):
-  assert compile_check.chip("v5e:4x4")[1] == "v5e"
+  assert compile_check.chip("v5e:4x4") == roofline.CHIPS["v5e"]
   with pytest.raises(UserError, match="use KIND:TOPOLOGY such as v5e:4x4"):
     compile_check.chip(text)
 

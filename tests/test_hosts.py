@@ -2,7 +2,8 @@
 
 As a program, `python tests/test_hosts.py WORKDIR SIZES [STEP WHAT]` trains on a
 mesh of SIZES (such as 2,2,2). Once STEP is logged, the last process sends
-itself the signal WHAT; "save" stands for a SIGKILL while that step is saved.
+itself the signal WHAT; "save" stands for a SIGKILL while that step is saved,
+and with "differ" the last process has settings of its own.
 """
 
 import dataclasses
@@ -46,7 +47,7 @@ def main(workdir, sizes, last="0", what=""):
       kill_at(step, signal.SIGKILL)
 
     checkpoints.Saver.save = save_and_die
-  elif what:
+  elif what in ("SIGTERM", "SIGINT"):
     from spec_stream.train import fit
 
     drain = fit._drain
@@ -59,10 +60,11 @@ def main(workdir, sizes, last="0", what=""):
 
     drain_and_signal.at = 1
     fit._drain = drain_and_signal
+  steps = TRAIN.steps + (what == "differ" and jax.process_index())
   number = tiny.train(
     workdir,
     model=MODEL,
-    train=TRAIN,
+    train=dataclasses.replace(TRAIN, steps=steps),
     sizes=tuple(map(int, sizes.split(","))),
     batch_size=8,
   )
@@ -148,6 +150,20 @@ def test_any_mesh_gives_the_losses_of_one_device(
 ):
   train(tmp_path, sizes, processes)
   close(tiny.losses(tmp_path), alone)
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_one_of_two_stops_both(tmp_path):
+  train(tmp_path, "2,2,2", 2, 8, "SIGINT", code=143)
+  assert 8 <= checkpoints.steps(tmp_path)[-1] < 20
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_agree(tmp_path):
+  done = train(tmp_path, "2,2,2", 2, 0, "differ", code=1)
+  words = "UserError: the processes do not agree on the tokenizer and settings"
+  assert all(words in err for _, err in done)
+  assert not checkpoints.steps(tmp_path)
 
 
 @pytest.mark.slow

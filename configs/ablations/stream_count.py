@@ -6,23 +6,20 @@
     --workdir=DIR --config.model.checkpoint=HF_DIR
 
 The paper has no such table; it uses 3, and 4 in some figures. Lossless mode, so
-that the target is the same to the bit, and only the draft differs. Small: 2.4 M
+that the target is the same to the bit, and only the draft differs. Small: 2.2 M
 weights from scratch on E2E-NLG, then 300 steps for each J; 2 CPU cores. Paper:
 a 7B checkpoint, 4 top layers, 5e-4; one accelerator of 80 GB. What to expect:
 experiments/stream_count.
 """
 
-from configs import checkpoint, paper_tasks
-from spec_stream.errors import UserError
+from configs import _base, checkpoint, paper_tasks
 from spec_stream.sweep import Run
 
 COUNTS = (1, 2, 3, 4, 5, 6, 7)
-SCALES = ("small", "paper")
 
 
 def get_config(scale: str = "small"):
-  if scale not in SCALES:
-    raise UserError(f"no scale '{scale}': use one of {', '.join(SCALES)}")
+  _base.check_scale(scale)
   if scale == "paper":
     return checkpoint.get_config("lossless")
   config = paper_tasks.get_config("e2e_nlg")

@@ -12,17 +12,14 @@ shared mode with a plain main stream, 700 steps; 2 CPU cores. Paper: a 7B
 checkpoint, shared mode, 4 top layers. What to expect: experiments/tree_width.
 """
 
-from configs import checkpoint, e2e_nlg
-from spec_stream.errors import UserError
+from configs import _base, checkpoint, e2e_nlg
 from spec_stream.sweep import Run
 
 WIDTHS = (1, 2, 3, 4, 5, 6)
-SCALES = ("small", "paper")
 
 
 def get_config(scale: str = "small"):
-  if scale not in SCALES:
-    raise UserError(f"no scale '{scale}': use one of {', '.join(SCALES)}")
+  _base.check_scale(scale)
   if scale == "paper":
     config = checkpoint.get_config("shared")
   else:

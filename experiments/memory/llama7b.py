@@ -26,7 +26,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))  # for configs
 
 from configs import checkpoint  # noqa: E402
-from spec_stream import StreamDraft, TreeSpec, UserError, ahead  # noqa: E402
+from spec_stream import StreamDraft, TreeSpec, UserError, ahead, metrics  # noqa: E402
 from spec_stream.models.config import ModelConfig, StreamConfig  # noqa: E402
 from spec_stream.text_table import table  # noqa: E402
 from spec_stream.train.config import TrainConfig  # noqa: E402
@@ -177,12 +177,13 @@ def main(argv: list[str]) -> int:
     for name, parts in programs.items():
       record = dict(target=args.target, jax=jax.__version__, program=name)
       record |= dict(bytes=parts, total=total(parts), compile_seconds=seconds)
-      ahead.append(args.out, record)
+      metrics.append_jsonl(args.out / "results.jsonl", [record])
       print(f"{name}: {total(parts) / 1e9:.2f} GB ({seconds} s)", flush=True)
     found.update(programs)
 
   try:
     mesh = ahead.make_mesh(args.target)
+    args.out.mkdir(parents=True, exist_ok=True)
     for mode in args.modes:
       if "decode" in args.programs:
         keep(decoding, mode, args.slots, args.nodes)

@@ -19,7 +19,7 @@ import time
 
 import jax
 
-from spec_stream import UserError, ahead
+from spec_stream import UserError, ahead, metrics
 from spec_stream.models.config import ModelConfig, StreamConfig
 from spec_stream.text_table import table
 from spec_stream.train.config import TrainConfig
@@ -102,6 +102,7 @@ def main(argv: list[str]) -> int:
   records = []
   try:
     mesh = ahead.make_mesh(args.target)
+    args.out.mkdir(parents=True, exist_ok=True)
     for segment, streams, seq_len in itertools.product(
       args.segment, args.streams, args.seq_len
     ):
@@ -110,7 +111,7 @@ def main(argv: list[str]) -> int:
       record |= dict(streams=streams, seq_len=seq_len, remat=not args.no_remat)
       record |= measure(streams, seq_len, segment, mesh, record["remat"])
       record["compile_seconds"] = round(time.monotonic() - start, 1)
-      ahead.append(args.out, record)
+      metrics.append_jsonl(args.out / "results.jsonl", [record])
       records.append(record)
       print(
         f"segment {segment}, J={streams}, sequence {seq_len}: temporaries "

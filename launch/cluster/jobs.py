@@ -33,15 +33,16 @@ EXECUTE = flags.DEFINE_bool("execute", False, "Run it, rather than print it.")
 flags.mark_flags_as_required(["command", "name"])
 
 MOUNT = "/data"  # where a bucket is seen
+CHIPS_PER_HOST = 4  # of slices with several hosts, in all generations here
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
   """A kind of TPU, as the clouds' tools name it.
 
-  topologies: that can be asked for. chips_per_host: of those with several
-  hosts. gke: label of the node pools. vm: prefix of the accelerator type, whose
-  number counts `per_chip` for each chip. runtime: software of the VMs.
+  topologies: that can be asked for. single_host: those of one host. gke: label
+  of the node pools. vm: prefix of the accelerator type, whose number counts
+  `per_chip` for each chip. runtime: software of the VMs.
   """
 
   topologies: tuple[str, ...]
@@ -49,7 +50,6 @@ class Generation:
   vm: str
   per_chip: int
   runtime: str
-  chips_per_host: int = 4
   single_host: tuple[str, ...] = ("1x1", "2x2")
 
 
@@ -57,13 +57,13 @@ _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")
 GENERATIONS = {
   "v4": Generation(
-    _CUBES, "tpu-v4-podslice", "v4", 2, "tpu-ubuntu2204-base", 4, ("2x2x1",)
+    _CUBES, "tpu-v4-podslice", "v4", 2, "tpu-ubuntu2204-base", ("2x2x1",)
   ),
   "v5e": Generation(
     _FLAT, "tpu-v5-lite-podslice", "v5litepod", 1, "v2-alpha-tpuv5-lite"
   ),
   "v5p": Generation(
-    _CUBES, "tpu-v5p-slice", "v5p", 2, "v2-alpha-tpuv5", 4, ("2x2x1",)
+    _CUBES, "tpu-v5p-slice", "v5p", 2, "v2-alpha-tpuv5", ("2x2x1",)
   ),
   "v6e": Generation(_FLAT, "tpu-v6e-slice", "v6e", 1, "v2-alpha-tpuv6e"),
 }
@@ -91,7 +91,7 @@ class Slice:
   def hosts(self) -> int:
     if self.topology in self.generation.single_host:
       return 1
-    return self.chips // self.generation.chips_per_host
+    return self.chips // CHIPS_PER_HOST
 
   @property
   def accelerator_type(self) -> str:
@@ -126,7 +126,7 @@ def check_name(name: str):
 
 
 def check_bucket(bucket: str):
-  """Raises: UserError unless it can be the name of a bucket."""
+  """-> the name alone. Raises: UserError unless it can be one of a bucket."""
   if not bucket:
     raise UserError(
       "--bucket is needed: all hosts write one --workdir; give the name of a "

@@ -156,10 +156,11 @@ def _loop(train, meter, step, state, batches, save, writer, stop, trace):
 
 
 def _meter(model, train, mesh, shardings, teacher, state, batch):
-  """Of the step without recomputation, a teacher's own products aside."""
-  once = dataclasses.replace(train, remat=False, remat_logits=False, segment=0)
+  """Of the step without recomputation; none beside a teacher, whose products
+  are no progress of this model."""
   if teacher is not None:
     return meters.Meter(mesh, None)
+  once = dataclasses.replace(train, remat=False, remat_logits=False, segment=0)
   step = make_step(model, once, mesh, shardings)
   return meters.make(mesh, step, state, batch)
 

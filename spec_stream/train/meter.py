@@ -72,6 +72,8 @@ def profiler(directory: str):
       jax.profiler.stop_trace()
       print(f"a trace of {PROFILED[1] - PROFILED[0]} steps is in {directory}")
 
-  yield note
-  if running:  # the end came first
-    jax.profiler.stop_trace()
+  try:
+    yield note
+  finally:
+    if running:  # the end came first
+      jax.profiler.stop_trace()
