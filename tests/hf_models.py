@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 
 VOCAB = 97
-_BASE = dict(
+BASE = dict(
   vocab_size=VOCAB,
   hidden_size=32,
   num_hidden_layers=4,
@@ -94,7 +94,7 @@ def make(name: str, directory: pathlib.Path, shard="5GB", **changes):
   from transformers import AutoConfig, AutoModelForCausalLM
 
   model_type, own = CASES[name]
-  config = AutoConfig.for_model(model_type, **{**_BASE, **own, **changes})
+  config = AutoConfig.for_model(model_type, **{**BASE, **own, **changes})
   torch.manual_seed(len(name))
   model = AutoModelForCausalLM.from_config(config).float().eval()
   with torch.no_grad():
