@@ -1,11 +1,13 @@
 """A row for each program: does it fit a chip, and what does a step cost?"""
 
 import dataclasses
+import math
 import re
 
+import jax
 from jax.sharding import Mesh
 
-from spec_stream import ahead, roofline, sharding
+from spec_stream import ahead, hlo, roofline, sharding
 from spec_stream.data.pipeline import DataConfig
 from spec_stream.drafters.none import NoDraft
 from spec_stream.drafters.streams import StreamDraft
@@ -145,8 +147,9 @@ def decoding(
     )
   except Exception as e:
     return about | _too_large(e, of, advice)
-  _, loop, _, _, flops = made
+  _, loop, _, state, flops = made
   row = about | _account(loop, flops, place, of)
+  row["cache_copies"] = _cache_copies(loop, state)
   if not row["fits"]:
     row["advice"] = _advice(row, of, advice)
   return row
@@ -155,18 +158,32 @@ def decoding(
 def _account(compiled, flops: int, place: Mesh, of: roofline.Chip) -> dict:
   """What a compiled program takes of a chip."""
   memory = ahead.memory(compiled)
-  cost = roofline.cost(compiled, flops, place.size, of)
+  traffic, program, name = hlo.of_step(compiled)
+  cost = roofline.Cost(flops / place.size, traffic, of)
   return {
     "fits": memory["total"] <= of.memory,
     "memory": memory,
     "chip_memory": of.memory,
     "flops": cost.flops,
-    "bytes": cost.bytes,
-    "collectives": {k: list(v) for k, v in cost.collectives.items()},
+    "bytes": traffic.bytes,
+    "collectives": {k: [n, size] for k, n, size in traffic.collectives},
+    "compiler_cycles": traffic.cycles,
+    "host_transfers": len(hlo.host_transfers(compiled.as_text())),
     "parts_ms": {name: 1e3 * x for name, x in cost.parts.items()},
     "roofline_ms": 1e3 * cost.seconds,
     "bound": cost.bound,
   }
+
+
+def _cache_copies(loop, state) -> int:
+  """Copies of a layer's keys or values, or more, that each step makes."""
+  _, program, name = hlo.of_step(loop)
+  layers = jax.tree.leaves(state.cache.layers)
+  sizes = [
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in layers
+  ]
+  return len(program.copies(name, min(sizes)))
 
 
 def _train_advice(train: TrainConfig, rows: int, model: ModelConfig) -> str:
@@ -272,6 +289,11 @@ _COLUMNS = {
   "bytes GB": _number("bytes", 1e9, "{:.2f}"),
   "ratio ": _ratio("bytes"),
   "collectives": _moved,
+  "host, cache copies": lambda row, _: (
+    f"{row['host_transfers']}, {row['cache_copies']}"
+    if "cache_copies" in row
+    else "-"
+  ),
   "roofline ms": _number("roofline_ms", 1, "{:.2f}"),
   "bound by": lambda row, _: row.get("bound", "-"),
 }

@@ -1,0 +1,265 @@
+"""What an optimised program moves: read off its text (`compiled.as_text()`).
+
+The compiler's own sum, `cost_analysis`, counts a weight that is brought into
+on-chip memory three times, and adds what is done before a loop to what is done
+in it. Here only traffic of the large memory counts, a loop's body as often as
+the loop is known to turn, and of an array that is sliced or updated in place
+the slice alone.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+
+COLLECTIVES = (
+  "all-reduce all-gather reduce-scatter all-to-all collective-permute"
+).split()
+# They move nothing, or their parts are counted instead.
+_FREE = frozenset(
+  "parameter constant tuple get-tuple-element bitcast after-all iota "
+  "partition-id replica-id opt-barrier".split()
+)
+_SLICES = ("slice", "dynamic-slice", "gather")
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # operand with the update
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+# Its last group is the memory, if it is not the large one: S(1) is on chip.
+_ARRAY = re.compile(r"\b(pred|[a-z]+\d+)\w*\[([\d,]*)\](\{[^}]*?S\(\d+\)\})?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+  name: str
+  shape: str
+  op: str
+  operands: tuple[str, ...]
+  rest: str  # after the opening bracket
+  root: bool
+
+  def called(self, key: str) -> str:
+    found = re.search(rf"\b{key}=%?([\w.\-]+)", self.rest)
+    return found[1] if found else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+  """bytes: read and written, of the chip's large memory; collectives: {kind:
+  (how many, bytes of their results)}; cycles: as the TPU compiler estimates
+  them, 0 where it says nothing."""
+
+  bytes: int = 0
+  collectives: tuple[tuple[str, int, int], ...] = ()
+  cycles: int = 0
+
+  def __add__(self, other: "Traffic") -> "Traffic":
+    sums: dict[str, list[int]] = {}
+    for kind, count, size in self.collectives + other.collectives:
+      total = sums.setdefault(kind, [0, 0])
+      total[0] += count
+      total[1] += size
+    merged = tuple((kind, *total) for kind, total in sums.items())
+    return Traffic(self.bytes + other.bytes, merged, self.cycles + other.cycles)
+
+  def times(self, count: int) -> "Traffic":
+    return Traffic(
+      self.bytes * count,
+      tuple((k, n * count, size * count) for k, n, size in self.collectives),
+      self.cycles * count,
+    )
+
+
+class Program:
+  """The computations of a program, by name."""
+
+  def __init__(self, text: str):
+    self.computations: dict[str, dict[str, Instruction]] = {}
+    self.entry = ""
+    for line in text.splitlines():
+      head = _HEAD.match(line)
+      if head:
+        current = self.computations.setdefault(head[2], {})
+        self.entry = head[2] if head[1] else self.entry
+        continue
+      found = _LINE.match(line)
+      if found:
+        root, name, shape, op, rest = found.groups()
+        operands = tuple(re.findall(r"%([\w.\-]+)", _brackets(rest)))
+        current[name] = Instruction(name, shape, op, operands, rest, bool(root))
+
+  def loops(self) -> list[str]:
+    """Bodies of the loops that turn a number of times not known before."""
+    return [
+      i.called("body")
+      for inside in self.computations.values()
+      for i in inside.values()
+      if i.op == "while" and not _turns(i)
+    ]
+
+  @functools.cache  # noqa: B019 (programs are few, and short-lived)
+  def traffic(self, name: str) -> Traffic:
+    """Of a computation; a loop of unknown length counts once."""
+    total = Traffic()
+    inside = self.computations[name]
+    for i in inside.values():
+      if i.op == "while":
+        total += self.traffic(i.called("body")).times(_turns(i) or 1)
+      elif i.op == "call":
+        total += self.traffic(i.called("to_apply"))
+      elif i.op == "conditional":
+        branches = re.findall(
+          r"(?:branch_computations=\{|true_computation=|false_computation=)"
+          r"([^}\s]+)",
+          i.rest,
+        )
+        names = [n.strip(" %,") for part in branches for n in part.split(",")]
+        costs = [self.traffic(n) for n in names if n in self.computations]
+        total += max(costs, key=lambda cost: cost.bytes, default=Traffic())
+      elif i.op not in _FREE and not i.op.endswith("-done"):
+        total += Traffic(self._moved(i, inside), collective(i), _cycles(i))
+    return total
+
+  def copies(self, name: str, size: int) -> list[str]:
+    """Instructions that copy an array of `size` bytes or more within the large
+    memory, in a computation and all that it calls."""
+    found = []
+    for i in self.computations[name].values():
+      if i.op in ("copy", "copy-start"):
+        arrays = _arrays(i.shape)
+        inside = self.computations[name]
+        source = _large(inside[i.operands[0]].shape)
+        if arrays[0][0] >= size and arrays[0][1] and source:
+          found.append(i.name)
+      called = re.findall(r"(?:calls|body|to_apply)=%?([\w.\-]+)", i.rest)
+      for other in called:
+        found += self.copies(other, size)
+    return found
+
+  def _moved(self, i: Instruction, inside) -> int:
+    shapes = [inside[name].shape for name in i.operands if name in inside]
+    if re.fullmatch(r"(copy|(dynamic-)?slice)-start", i.op):
+      arrays = _arrays(i.shape)  # of a copy its result comes first
+      result, source = arrays[:2] if i.op == "copy-start" else arrays[1::-1]
+      return result[0] * (result[1] + source[1])
+    if i.op in _SLICES:
+      size = _size(i.shape)
+      return size * (_large(i.shape) + _large(shapes[0]))
+    if i.op in _UPDATES:
+      return 2 * _size(shapes[_UPDATES[i.op]]) * _large(i.shape)
+    if i.op == "fusion":
+      return self._fused(i, shapes)
+    return sum(map(_traffic_of, (i.shape, *shapes)))
+
+  def _fused(self, i: Instruction, shapes: list[str]) -> int:
+    """What a fusion reads of its operands and writes of its results."""
+    inside = self.computations[i.called("calls")]
+    parameters = {
+      int(x.rest.split(")")[0]): x
+      for x in inside.values()
+      if x.op == "parameter"
+    }
+    total = 0
+    for at, shape in enumerate(shapes):
+      if _large(shape) and not shape.startswith("("):
+        total += min(_read(parameters[at].name, inside), _size(shape))
+    (root,) = (x for x in inside.values() if x.root)
+    many = root.op == "tuple"
+    results = [inside[n] for n in root.operands] if many else [root]
+    for result, (size, large) in zip(results, _arrays(i.shape)):
+      while result.op == "bitcast":
+        result = inside[result.operands[0]]
+      if result.op in _UPDATES:
+        size = _size(inside[result.operands[_UPDATES[result.op]]].shape)
+      total += size * large
+    return total
+
+
+def of_step(compiled) -> tuple[Traffic, "Program", str]:
+  """-> (what a step moves, the program, the name of its computation).
+
+  A step is one turn of the program's loop of unknown length, the decoding
+  loop; of a program without one, as a training step, all of it.
+  """
+  program = Program(compiled.as_text())
+  names = program.loops() or [program.entry]
+  name = max(names, key=lambda name: program.traffic(name).bytes)
+  return program.traffic(name), program, name
+
+
+def _read(name: str, inside: dict[str, Instruction]) -> int:
+  """Bytes of a fusion's parameter that its computation reads."""
+  total = 0
+  for user in inside.values():
+    if name not in user.operands:
+      continue
+    if user.op == "bitcast":
+      total += _read(user.name, inside)
+    elif user.op in _SLICES and user.operands[0] == name:
+      total += _size(user.shape)
+    elif user.op not in _UPDATES or user.operands[0] != name:
+      return _size(inside[name].shape)
+  return total
+
+
+def _brackets(rest: str) -> str:
+  """What stands before the bracket that closes the operands."""
+  depth = 1
+  for at, letter in enumerate(rest):
+    depth += (letter == "(") - (letter == ")")
+    if not depth:
+      return rest[:at]
+  return rest
+
+
+def _arrays(shape: str) -> list[tuple[int, bool]]:
+  """(bytes, whether it lies in the large memory) of each array of a shape."""
+  return [
+    (math.prod(map(int, filter(None, dims.split(",")))) * _width(kind), not on)
+    for kind, dims, on in _ARRAY.findall(shape)
+  ]
+
+
+def _width(kind: str) -> float:
+  """Bytes of an element, by its name in a program: f32, bf16, s4, pred."""
+  return 1 if kind == "pred" else int(re.sub(r"\D", "", kind)) / 8
+
+
+def _size(shape: str) -> int:
+  return math.ceil(sum(size for size, _ in _arrays(shape)))
+
+
+def _large(shape: str) -> bool:
+  return any(large for _, large in _arrays(shape))
+
+
+def _traffic_of(shape: str) -> int:
+  if shape.startswith("("):  # a tuple that is handed on; its parts are counted
+    return 0
+  return sum(math.ceil(size) for size, large in _arrays(shape) if large)
+
+
+def _turns(loop: Instruction) -> int:
+  found = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest)
+  return int(found[1]) if found else 0
+
+
+def _cycles(i: Instruction) -> int:
+  found = re.search(r'"estimated_cycles":"(\d+)"', i.rest)
+  return int(found[1]) if found else 0
+
+
+def collective(i: Instruction) -> tuple[tuple[str, int, int], ...]:
+  """(kind, 1, bytes of its result) of an instruction that is one."""
+  kind = i.op.removesuffix("-start")
+  if kind not in COLLECTIVES:
+    return ()
+  sizes = [size for size, _ in _arrays(i.shape)]
+  if i.op.endswith("-start") and len(sizes) > 1 and kind != "all-reduce":
+    sizes = sizes[1:2]  # (operand, result, ...)
+  return ((kind, 1, math.ceil(sum(sizes))),)
+
+
+def host_transfers(text: str) -> list[str]:
+  """Lines of a program that talk to the host."""
+  form = r"\b(infeed|outfeed|send|recv|send-done|recv-done)\(|xla_ffi_python"
+  return [line for line in text.splitlines() if re.search(form, line)]

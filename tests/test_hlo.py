@@ -1,0 +1,147 @@
+"""What is read off programs: bytes, loops, collectives, copies."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from spec_stream import hlo
+
+WEIGHT = jax.ShapeDtypeStruct((512, 512), jnp.float32)
+ROW = jax.ShapeDtypeStruct((4, 512), jnp.float32)
+SMALL = 64 * 2**10  # of activations, against a megabyte of weights
+
+
+def program(function, *args, donate=()):
+  compiled = jax.jit(function, donate_argnums=donate).lower(*args).compile()
+  return hlo.of_step(compiled)
+
+
+def loop(body):
+  """Runs until a value says so: of a length that is not known before."""
+
+  def run(x, *args):
+    state = jax.lax.while_loop(
+      lambda state: state[0].sum() < 9, lambda s: body(*s), (x, *args)
+    )
+    return state
+
+  return run
+
+
+def test_a_weight_is_read_once_each_turn():
+  turn = lambda x, w: (jnp.tanh(x @ w), w)
+  moved, found, name = program(loop(turn), ROW, WEIGHT)
+  assert name in found.loops()
+  assert 2**20 <= moved.bytes < 2**20 + SMALL
+
+
+def test_a_loop_of_known_length_counts_each_turn():
+  def scanned(x, w):
+    return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, None, 5)[0]
+
+  moved, found, name = program(scanned, ROW, WEIGHT)
+  assert found.loops() == [] and name == found.entry
+  assert 5 * 2**20 <= moved.bytes < 5 * (2**20 + SMALL)
+
+
+def test_what_is_updated_in_place_is_not_read():
+  def turn(x, at, cache):
+    row = jax.lax.dynamic_update_slice(cache, x[:1], (at[0], 0))
+    return x + 1, at + 1, row
+
+  at = jax.ShapeDtypeStruct((1,), jnp.int32)
+  moved, found, name = program(loop(turn), ROW, at, WEIGHT, donate=(0, 2))
+  assert found.copies(name, 2**20) == []
+  assert moved.bytes < SMALL
+
+
+def test_what_is_sliced_is_read_in_part():
+  turn = lambda x, w: (x + w[:4] * jnp.sum(w[5, :7]), w)
+  moved, *_ = program(loop(turn), ROW, WEIGHT)
+  assert moved.bytes < SMALL
+
+
+def test_a_copy_is_found():
+  both = lambda w: (w.T + 0, w)
+  text = "\n".join(
+    [
+      "ENTRY %main (p: f32[2,3]) -> f32[2,3] {",
+      "  %p = f32[2,3]{1,0} parameter(0)",
+      "  %q = f32[2,3]{1,0:S(1)} copy(%p)",
+      "  ROOT %c = f32[2,3]{0,1} copy(%p)",
+      "}",
+    ]
+  )
+  assert hlo.Program(text).copies("main", 24) == ["c"]
+  assert hlo.Program(text).copies("main", 25) == []
+  # To on-chip memory it is a read alone.
+  assert hlo.Program(text).traffic("main").bytes == 24 + 48
+  moved, *_ = program(both, WEIGHT)
+  assert moved.bytes >= 2 * 2**20
+
+
+def test_what_an_accelerator_brings_on_chip_is_read_once():
+  text = """
+%fused (p0: bf16[8,4], p1: f32[4]) -> f32[8] {
+  %p0 = bf16[8,4]{1,0:T(8,128)(2,1)S(1)} parameter(0)
+  %p1 = f32[4]{0} parameter(1)
+  ROOT %r = f32[8]{0:S(1)} reduce(%p0, %p1), to_apply=%add
+}
+
+%body (s: (bf16[8,4], f32[4])) -> (bf16[8,4], f32[4]) {
+  %s = (bf16[8,4]{1,0}, f32[4]{0}) parameter(0)
+  %w = bf16[8,4]{1,0} get-tuple-element(%s), index=0
+  %x = f32[4]{0} get-tuple-element(%s), index=1
+  %cs = (bf16[8,4]{1,0:S(1)}, bf16[8,4]{1,0}, u32[]{:S(2)}) copy-start(%w)
+  %ss = ((bf16[8,4]{1,0}), bf16[2,4]{1,0:S(1)}, s32[]) slice-start(%w)
+  %sd = bf16[2,4]{1,0:S(1)} slice-done(%ss)
+  %cd = bf16[8,4]{1,0:S(1)} copy-done(%cs)
+  %f = f32[8]{0:S(1)} fusion(%cd, %x), kind=kLoop, calls=%fused, \
+backend_config={"estimated_cycles":"70"}
+  ROOT %t = (bf16[8,4]{1,0}, f32[4]{0}) tuple(%w, %x)
+}
+
+ENTRY %main (s: (bf16[8,4], f32[4])) -> (bf16[8,4], f32[4]) {
+  %s = (bf16[8,4]{1,0}, f32[4]{0}) parameter(0)
+  ROOT %l = (bf16[8,4]{1,0}, f32[4]{0}) while(%s), condition=%c, body=%body
+}
+"""
+  found = hlo.Program(text)
+  assert found.loops() == ["body"]
+  # The copy, the slice, and the fusion's operand that lies outside.
+  assert found.traffic("body") == hlo.Traffic(64 + 16 + 16, (), 70)
+  assert found.traffic(found.entry) == found.traffic("body")
+  known = text.replace(
+    "body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"3"}}'
+  )
+  three = hlo.Program(known)
+  assert three.loops() == []
+  assert three.traffic(three.entry) == found.traffic("body").times(3)
+
+
+@pytest.mark.parametrize(
+  "line, kind, size",
+  [
+    ("f32[4,8]{1,0:T(8,128)} all-reduce(%x), to_apply=%a", "all-reduce", 128),
+    ("(bf16[2,8]{1,0}, bf16[4,8]{1,0}) all-gather-start(%x)", "all-gather", 64),
+    ("bf16[4,8]{1,0} all-gather-done(%b)", "", 0),
+    ("(f32[8]{0}, f32[16]{0}) all-reduce(%x, %x)", "all-reduce", 96),
+    ('f32[4]{0} add(%x, %x), metadata={op_name="all-reduce(x)"}', "", 0),
+  ],
+)
+def test_collectives(line, kind, size):
+  text = (
+    "ENTRY %main (x: f32[8]) -> f32[8] {\n  %x = f32[8]{0} parameter(0)\n"
+    f"  ROOT %r = {line}\n}}"
+  )
+  expected = ((kind, 1, size),) if kind else ()
+  assert hlo.Program(text).traffic("main").collectives == expected
+
+
+def test_talk_with_the_host_is_found():
+  def talk(x):
+    jax.debug.print("{}", x)
+    return x + 1
+
+  text = jax.jit(talk).lower(jnp.zeros(3)).compile().as_text()
+  assert hlo.host_transfers(text)
