@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 
 from spec_stream.data.pipeline import DataConfig
 from spec_stream.drafters import registry
-from spec_stream.errors import UserError
 from spec_stream.models.config import ModelConfig, RopeScaling, StreamConfig
 from spec_stream.train.config import TrainConfig
 
@@ -37,12 +36,6 @@ def base() -> ConfigDict:
       "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
     }
   )
-
-
-def check_scale(scale: str):
-  """Raises: UserError unless an ablation has a config of this scale."""
-  if scale not in ("small", "paper"):
-    raise UserError(f"no scale '{scale}': use one of small, paper")
 
 
 def with_drafter(config: ConfigDict, name: str):

@@ -177,7 +177,8 @@ def test_the_table_and_the_advice():
   assert (
     lines[2].split()[4:]
     == (
-      "3 9.00 8.00 17.00 17.2 yes 3,000.0 1.50 3.00 1.00 3, 5 MB 0, 0 4.00 memory"
+      "3 9.00 8.00 17.00 17.2 yes 3,000.0 1.50 3.00 1.00 3, 5 MB 0, 0 4.00 "
+      "memory"
     ).split()
   )
   chip = roofline.CHIPS["v5e"]

@@ -9,6 +9,7 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import tiny
 
@@ -17,6 +18,7 @@ from spec_stream.data.pipeline import DataConfig
 from spec_stream.data.tokenizer import Tokenizer
 from spec_stream.decode import Generation
 from spec_stream.models.config import to_dict
+from spec_stream.models.transformer import ALL, causal_mask, forward
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -225,3 +227,68 @@ def test_report_of_nothing_is_one_line(sweep, tmp_path):
     assert code == 1 and out == "" and err.count("\n") == 1
     assert err.startswith("error: ") and words in err
   assert not (tmp_path / "out").exists()
+
+
+# -- similarity ---------------------------------------------------------------
+
+
+@pytest.fixture
+def similarity():
+  return script("similarity", "similarity.py")
+
+
+def test_cosines_are_those_of_each_sequence_by_itself(similarity):
+  streams = dataclasses.replace(
+    tiny.MODEL.streams, num_streams=2, num_stream_layers=2
+  )
+  config = dataclasses.replace(tiny.MODEL, streams=streams)
+  model = weights.to_model(config, weights.init(config, 0))
+  rng = np.random.default_rng(0)
+  draw = lambda size: rng.integers(0, config.vocab_size, size).tolist()
+  prompts, outputs = [], []
+  for length in (3, 9, 5, 1, 7, 2, 6, 4, 8):  # more than one pass of rows
+    prompts.append(draw(length))
+    outputs.append(draw(10 - length % 4))
+  found = similarity.cosines(model, prompts, outputs)
+  expected = {}
+  for prompt, output in zip(prompts, outputs):
+    row = np.array([prompt + output])
+    out = forward(
+      model,
+      row,
+      np.arange(row.shape[1])[None],
+      causal_mask(np.ones_like(row)),
+      streams=ALL,
+      taps=(config.num_layers - 2, config.num_layers - 1),
+    )
+    for t in range(len(prompt) - 1, row.shape[1]):
+      for j in (1, 2):
+        if t + j < row.shape[1]:
+          future = np.asarray(out.taps[0, t + j])
+          for kind, now in enumerate(
+            (out.stream_taps[0, t, j - 1], out.taps[0, t])
+          ):
+            for layer in (0, 1):
+              a, b = np.asarray(now[layer]), future[layer]
+              cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+              expected.setdefault((kind, j - 1, layer), []).append(cosine)
+  assert found.shape == (2, 2, 2)
+  for at, values in expected.items():
+    np.testing.assert_allclose(found[at], np.mean(values), rtol=1e-4, atol=1e-5)
+  # The last layer's streams are what the head reads, before the norm.
+  last = model.final_norm(out.stream_taps[..., -1, :])
+  np.testing.assert_allclose(last, out.streams, rtol=1e-5, atol=1e-5)
+
+
+def test_similarity_says_what_it_needs(similarity, tmp_path):
+  with pytest.raises(similarity.UserError, match="too short"):
+    config = tiny.SMALL
+    model = weights.to_model(config, weights.init(config, 0))
+    similarity.cosines(model, [[1, 2]], [[]])
+  pytest.importorskip("matplotlib")
+  found = np.linspace(0, 0.99, 12).reshape(2, 3, 2)
+  lines = similarity.render(found, 5).splitlines()
+  assert lines[0] == "| layer | stream 1 | stream 2 | stream 3 |"
+  assert lines[2] == "| 5 | 0.00 / 0.54 | 0.18 / 0.72 | 0.36 / 0.90 |"
+  similarity.plot(found, 5, tmp_path / "c.png")
+  assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")

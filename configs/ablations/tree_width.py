@@ -12,14 +12,15 @@ shared mode with a plain main stream, 700 steps; 2 CPU cores. Paper: a 7B
 checkpoint, shared mode, 4 top layers. What to expect: experiments/tree_width.
 """
 
-from configs import _base, checkpoint, e2e_nlg
+from configs import checkpoint, e2e_nlg
+from configs.ablations import _small
 from spec_stream.sweep import Run
 
 WIDTHS = (1, 2, 3, 4, 5, 6)
 
 
 def get_config(scale: str = "small"):
-  _base.check_scale(scale)
+  _small.check(scale)
   if scale == "paper":
     config = checkpoint.get_config("shared")
   else:

@@ -136,6 +136,7 @@ class Output:
   kv: KV  # of the main stream at the T' positions, per layer
   early: jax.Array  # [B, T, D] main stream after layer L-N_s
   taps: jax.Array | None  # [B, T', n, D] main stream after the layers `taps`
+  stream_taps: jax.Array | None  # [B, U, J, n', D] streams after those in MSA
   kept: Any = None  # what `keep` returned beside the rows
 
 
@@ -168,7 +169,8 @@ def forward(
     num_streams: streams attached, the first J' of the J trained ones; None for
       all. A stream never sees a later one, so fewer change nothing else, but
       where the main stream attends to its streams.
-    taps: layers (0-based) whose output is returned as well.
+    taps: layers (0-based) whose output is returned as well, before the final
+      norm.
     keep: chooses, from the hidden states [B, T, D] after layer L-N_s, the rows
       [B, T'] (ascending) that enter the top layers, and returns them with
       whatever the caller wants back as `Output.kept`: see `prune`.
@@ -239,14 +241,19 @@ def forward(
   main, out = x[:, :num_main], None
   if streams is not None:
     out = x[:, num_main:].reshape(start.shape)
+  stack = lambda layers, of, axis: (
+    jnp.stack([of(tapped[layer]) for layer in layers], axis) if layers else None
+  )
+  carried = [] if streams is None else [l for l in taps if l in top]
   return Output(
     main=main,
     streams=out,
     kv=tuple(kv),
     early=early,
-    taps=jnp.stack([tapped[l][:, :num_main] for l in taps], 2)
-    if taps
-    else None,
+    taps=stack(taps, lambda x: x[:, :num_main], 2),
+    stream_taps=stack(
+      carried, lambda x: x[:, num_main:].reshape(start.shape), 3
+    ),
     kept=kept,
   )
 
