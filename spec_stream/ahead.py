@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import mesh_utils, topologies
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from spec_stream import (
@@ -25,7 +25,6 @@ from spec_stream import (
 from spec_stream.drafters.base import Drafter, Params
 from spec_stream.models.config import ModelConfig
 from spec_stream.models.transformer import merge_lora
-from spec_stream.sharding import AXES
 from spec_stream.train import config as train_config
 from spec_stream.train import losses
 from spec_stream.train import state as states
@@ -65,10 +64,7 @@ def make_mesh(target: str, sizes: tuple[int, int, int] | None = None) -> Mesh:
     raise UserError(f"--target={target}: use cpu or tpu:TOPOLOGY")
   if sizes is None:
     devices, sizes = devices[:1], (1, 1, 1)
-  sizes = sharding.sizes(*sizes, devices=len(devices))
-  # In the order of the slice, so that neighbours of an axis are neighbours.
-  placed = mesh_utils.create_device_mesh(sizes, devices)
-  return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  return sharding.make_mesh(*sizes, devices=devices)
 
 
 def abstract_batch(mesh: Mesh, rows: int, seq_len: int, stream_positions: int):

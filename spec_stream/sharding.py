@@ -9,6 +9,7 @@ import re
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -54,14 +55,23 @@ RULES = (
 )
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-  """The mesh of all devices; one axis may be -1, "what is left".
+def make_mesh(
+  data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None
+) -> Mesh:
+  """The mesh of the devices, by default all; one axis may be -1, "what is
+  left".
 
   Raises: UserError if the sizes do not multiply to the number of devices.
   """
-  filled = sizes(data, fsdp, tensor, jax.device_count())
+  devices = jax.devices() if devices is None else devices
+  filled = sizes(data, fsdp, tensor, len(devices))
+  # In the order of the slice, so that neighbours of an axis are neighbours
+  # where they can be: an axis of 8 fits no side of a 4x4.
+  placed = mesh_utils.create_device_mesh(
+    filled, devices, allow_split_physical_axes=True
+  )
   # Auto: XLA places what is between. The default, Explicit, asks the model to.
-  return jax.make_mesh(filled, AXES, axis_types=(AxisType.Auto,) * 3)
+  return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def sizes(data: int, fsdp: int, tensor: int, devices: int):
