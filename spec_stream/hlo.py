@@ -93,7 +93,7 @@ class Program:
       i.called("body")
       for inside in self.computations.values()
       for i in inside.values()
-      if i.op == "while" and not _turns(i)
+      if i.op == "while" and not self._turns(i)
     ]
 
   @functools.cache  # noqa: B019 (programs are few, and short-lived)
@@ -103,7 +103,7 @@ class Program:
     inside = self.computations[name]
     for i in inside.values():
       if i.op == "while":
-        total += self.traffic(i.called("body")).times(_turns(i) or 1)
+        total += self.traffic(i.called("body")).times(self._turns(i) or 1)
       elif i.op == "call":
         total += self.traffic(i.called("to_apply"))
       elif i.op == "conditional":
@@ -118,6 +118,19 @@ class Program:
       elif i.op not in _FREE and not i.op.endswith("-done"):
         total += Traffic(self._moved(i, inside), collective(i), _cycles(i))
     return total
+
+  def _turns(self, loop: Instruction) -> int:
+    """How often a loop turns; 0 where that is not known."""
+    found = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest)
+    if found:
+      return int(found[1])
+    inside = self.computations.get(loop.called("condition"), {})
+    for root in inside.values():  # of a scan: its counter is below a constant
+      if root.root and root.op == "compare" and "direction=LT" in root.rest:
+        last = inside.get(root.operands[1])
+        if last is not None and last.op == "constant":
+          return int(re.match(r"\d*", last.rest)[0] or 0)
+    return 0
 
   def copies(self, name: str, size: int) -> list[str]:
     """Instructions that copy an array of `size` bytes or more within the large
@@ -236,11 +249,6 @@ def _traffic_of(shape: str) -> int:
   if shape.startswith("("):  # a tuple that is handed on; its parts are counted
     return 0
   return sum(math.ceil(size) for size, large in _arrays(shape) if large)
-
-
-def _turns(loop: Instruction) -> int:
-  found = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest)
-  return int(found[1]) if found else 0
 
 
 def _cycles(i: Instruction) -> int:

@@ -117,6 +117,20 @@ ENTRY %main (s: (bf16[8,4], f32[4])) -> (bf16[8,4], f32[4]) {
   three = hlo.Program(known)
   assert three.loops() == []
   assert three.traffic(three.entry) == found.traffic("body").times(3)
+  # Or its condition says it: a counter below a constant.
+  four = hlo.Program(
+    """
+%c (s: (s32[])) -> pred[] {
+  %s = (s32[]) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%s), index=0
+  %four = s32[]{:T(128)} constant(4), metadata={op_name="x"}
+  ROOT %lt = pred[]{:T(512)} compare(%i, %four), direction=LT
+}
+"""
+    + text
+  )
+  assert four.loops() == []
+  assert four.traffic(four.entry) == found.traffic("body").times(4)
 
 
 @pytest.mark.parametrize(
