@@ -51,6 +51,8 @@ def make_mesh(target: str, sizes: tuple[int, int, int] | None = None) -> Mesh:
   elif target.startswith("tpu:"):
     # There is no TPU to ask, nor one to run constants on.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # Several may compile at a time: nothing here holds a chip.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     jax.config.update("jax_platforms", "cpu")
     try:
       topology = topologies.get_topology_desc(

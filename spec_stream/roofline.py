@@ -40,7 +40,7 @@ def flops(function, *args) -> int:
 
 
 def _flops(jaxpr) -> int:
-  total = 0
+  total, by_platform = 0, set()
   for equation in jaxpr.eqns:
     if equation.primitive.name == "dot_general":
       (inner, _), _ = equation.params["dimension_numbers"]
@@ -50,8 +50,12 @@ def _flops(jaxpr) -> int:
       continue
     times = equation.params.get("length", 1)  # of a scan
     inside = [_flops(sub) for sub in _within(equation.params)]
+    if equation.primitive.name == "platform_index":
+      by_platform |= set(equation.outvars)
     if equation.primitive.name == "cond":
-      inside = [max(inside, default=0)]
+      # Of a choice by platform what the program asks for: that of any other.
+      pick = min if equation.invars[0] in by_platform else max
+      inside = [pick(inside, default=0)]
     total += times * sum(inside)
   return total
 

@@ -25,6 +25,7 @@ from spec_stream import (
 from spec_stream.errors import UserError
 from spec_stream.hlo import Traffic
 from spec_stream.models.config import ModelConfig, StreamConfig
+from spec_stream.models.lora import matmul
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -47,6 +48,11 @@ def test_flops_are_those_of_the_products():
     jax.grad(lambda a: jnp.sum(jax.checkpoint(lambda a: jnp.sin(a @ b))(a))), a
   )
   assert (grad, again) == (2 * one, 3 * one)
+
+
+def test_flops_of_a_choice_by_platform_are_those_of_the_others():
+  x, kernel = jnp.zeros((1, 1, 5)), jnp.zeros((5, 2, 3))
+  assert roofline.flops(matmul, x, kernel) == 2 * 5 * 2 * 3
 
 
 def test_flops_of_a_plain_step_are_two_for_each_weight():

@@ -20,6 +20,7 @@ from random_models import (
 
 from spec_stream.decode import Decoder
 from spec_stream.errors import UserError
+from spec_stream.models import lora
 from spec_stream.models.config import (
   ModelConfig,
   StreamConfig,
@@ -419,3 +420,13 @@ def test_streams_that_do_not_exist():
     attempt(4, num_streams=3, num_stream_layers=1)
   with pytest.raises(UserError, match="all 3 must be attached"):
     attempt(2, num_streams=3, num_stream_layers=1)
+
+
+def test_two_rows_give_what_one_gives(x64):
+  """What a TPU computes for a row alone, on this device."""
+  rng = np.random.default_rng(0)
+  x, kernel = rng.normal(size=(1, 1, 5)), rng.normal(size=(5, 2, 3))
+  product = functools.partial(jnp.tensordot, b=kernel, axes=1)
+  two = lora._of_two_rows(lambda x: product(x), jnp.asarray(x))
+  assert two.shape == (1, 1, 2, 3)
+  np.testing.assert_array_equal(two, lora.matmul(jnp.asarray(x), kernel))

@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from spec_stream.models.config import ModelConfig, RopeScaling
-from spec_stream.models.lora import Linear
+from spec_stream.models.lora import Linear, matmul
 
 
 def wide(dtype) -> jnp.dtype:
@@ -57,8 +57,7 @@ class Embed(nnx.Module):
   def decode(self, hidden: jax.Array) -> jax.Array:
     """Tied LM head: [..., D] -> [..., V], float32 or wider."""
     table = self.table[...].astype(hidden.dtype).T
-    dtype = wide(hidden.dtype)
-    return jnp.matmul(hidden, table, preferred_element_type=dtype)
+    return matmul(hidden, table, wide(hidden.dtype))
 
 
 class Positions(nnx.Module):
