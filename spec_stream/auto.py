@@ -32,7 +32,7 @@ from spec_stream.drafters.base import Drafter, attached
 from spec_stream.errors import UserError
 from spec_stream.models.config import ModelConfig
 from spec_stream.models.prune import Prune
-from spec_stream.models.transformer import Transformer, merge_lora
+from spec_stream.models.transformer import Transformer, for_decoding
 from spec_stream.tree import TreeSpec
 
 SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # nodes that are considered
@@ -222,7 +222,7 @@ def measure(
     known: acceptance that was measured before, at any batch.
     progress: of a piece of work, by its name.
   """
-  model = merge_lora(model)
+  model = for_decoding(model)
   chosen = candidates(model, drafters, rule)
   batches = min(2, len(prompts) // settings.batch)
   if settings.max_new_tokens < 2:

@@ -32,7 +32,7 @@ from spec_stream.drafters.base import Drafter
 from spec_stream.drafters.none import NoDraft
 from spec_stream.errors import UserError
 from spec_stream.models.config import ModelConfig
-from spec_stream.models.transformer import Transformer, merge_lora
+from spec_stream.models.transformer import Transformer, for_decoding
 
 NOISE = "none (A against A)"
 NO_STREAMS = "none (no streams)"
@@ -181,7 +181,7 @@ def measure(
     slice(start, min(start + size, len(prompts)))
     for start in range(0, len(prompts), size)
   ]
-  model = merge_lora(model)  # once, not in each decoder
+  model = for_decoding(model)  # once, not in each decoder
   # A decoder for each row: the A-against-A row is independent of its twin.
   decoders = [Decoder(model, m.drafter, m.own) for m in methods]
   decoders[0].check(prompts, settings.max_new_tokens)

@@ -71,6 +71,8 @@ def rows(
         "mode": model.config.streams.mode,
         "num_streams": result.drafter.num_streams,
         "num_stream_layers": model.config.streams.num_stream_layers,
+        "stream_id": model.config.streams.stream_id,
+        "stream_position": model.config.streams.stream_position,
         **tree_fields(result.drafter),
         "draft_length": result.drafter.longest - 1,
         "draft_from": method.source or None,

@@ -22,7 +22,7 @@ from spec_stream import refill, stops
 from spec_stream.drafters.base import Accepted, Drafter, Params, check_rule
 from spec_stream.drafters.streams import StreamDraft
 from spec_stream.errors import UserError
-from spec_stream.models.transformer import Transformer, merge_lora
+from spec_stream.models.transformer import Transformer, for_decoding
 from spec_stream.sampling import make as make_sampling
 from spec_stream.step import DecodeState, prefill, step
 from spec_stream.tree import TokenTree
@@ -100,7 +100,7 @@ def _drafts(graphdef, weights, drafter, count, state):
 class Decoder:
   """A target and a drafter, checked against each other and ready to run.
 
-  Shared-mode adapters are folded into the kernels here. Holds no state between
+  The model is made ready here, see `for_decoding`. Holds no state between
   requests: `start` and `finish` are the two compiled calls that `generate`
   makes, apart so that they can be timed apart.
 
@@ -109,7 +109,7 @@ class Decoder:
 
   def __init__(self, model: Transformer, drafter: Drafter, own=None):
     self.config = model.config
-    model = merge_lora(model)
+    model = for_decoding(model)
     target = model
     if model.drafter is not None:
       target = nnx.clone(model)
@@ -117,7 +117,7 @@ class Decoder:
     if own is None and drafter.Module is not None:
       own = model.drafter
     if isinstance(own, Transformer):
-      own = merge_lora(own)
+      own = for_decoding(own)
     self.drafter = drafter.resolve(model.config, own)
     check_rule(self.drafter)
     self.graphdef, self.weights = nnx.split(Params(target, own))

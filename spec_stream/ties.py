@@ -20,8 +20,8 @@ from flax import nnx
 from spec_stream.models.transformer import (
   Transformer,
   causal_mask,
+  for_decoding,
   forward,
-  merge_lora,
 )
 from spec_stream.sampling import Sampling, scores, seen_in
 
@@ -86,7 +86,7 @@ def compare(
     attach_streams: whether the two were decoded with streams attached. Matters
       where the main stream attends to its streams.
   """
-  model = merge_lora(model)  # as decoding does
+  model = for_decoding(model)  # as decoding does
   attach = attach_streams and model.config.streams.attends
   found = []
   for i, (a, b) in enumerate(zip(expected, got, strict=True)):

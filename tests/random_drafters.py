@@ -86,6 +86,8 @@ CASES = {
   "eagle": case("eagle", best(10)),
   "eagle, fused": case("eagle", CHAIN, 3, fuse=(0, 1, 2), length=3),
 }
+# Of the drafters these are in the short run: see `in_short`.
+SHORT = ("streams, corrected", "prompt_lookup", "medusa")
 
 
 def typed(config: ModelConfig, dtype: str) -> ModelConfig:
@@ -101,8 +103,3 @@ def make(case: Case, seed: int, dtype="float64"):
 def decoder(case: Case, seed: int, dtype="float64") -> Decoder:
   model, own = make(case, seed, dtype)
   return Decoder(model, case.drafter, own)
-
-
-def firsts(names):
-  """One case of each drafter, for the short run: see `in_short`."""
-  return [n for n in names if "," not in n or n.split(",")[0] not in names]

@@ -151,6 +151,7 @@ def test_exact_gives_the_targets_distribution(paths):
   assert distance(got, right) < 1e-6
 
 
+@pytest.mark.slow
 def test_typical_does_not():
   far = []
   for i, paths in enumerate([*SHAPES[1:], *LARGE]):

@@ -49,6 +49,7 @@ def test_small_trees_are_the_first_nodes_of_large_ones():
         assert small.parents[b].tolist() == parents
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampled", [False, True])
 def test_steps_of_the_largest_tree_are_those_that_were_taken(x64, sampled):
   model = random_model(CONFIG, 1)
@@ -174,6 +175,7 @@ class Run:
     eos_ids = (2,)
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_kept(tmp_path, monkeypatch):
   monkeypatch.setattr(auto, "SIZES", (2, 3))
   monkeypatch.setattr(auto, "TIMED", (2, 3))

@@ -308,6 +308,7 @@ def benchmarked(folder):
   return done
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_measured_on_questions(folder, benchmarked):
   assert benchmarked["measured"].code == 0, benchmarked["measured"]
   rows = (folder / "out" / "results.jsonl").read_text().splitlines()
@@ -319,6 +320,7 @@ def test_a_checkpoint_is_measured_on_questions(folder, benchmarked):
   assert {(row["turns"], row["chat"]) for row in rows} == {(2, False)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("says", [x for x in BENCHMARK if x != "measured"])
 def test_benchmark_refuses_in_one_line(benchmarked, says):
   one_line(benchmarked[says], says)

@@ -80,6 +80,7 @@ def test_plan_names_both_baselines_only_where_they_differ():
   assert by_name["streams"].expects == "none"
 
 
+@pytest.mark.slow
 def test_a_measurement_of_shared_mode(measured):
   table = rows(measured)
   json.dumps(table, allow_nan=False)
@@ -151,6 +152,7 @@ def test_what_cannot_be_measured_is_refused():
 # -- agreement ---------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_other_tokens_are_reported_as_a_bug(measured):
   changed = [copy.copy(r) for r in measured]
   wrong = changed[3].generations[1]
@@ -167,6 +169,7 @@ def test_other_tokens_are_reported_as_a_bug(measured):
   assert table[0]["identical"] == 1.0  # the others are as they were
 
 
+@pytest.mark.slow
 def test_a_different_model_is_found_out(measured):
   weights = to_weights(make_model(SMALL))
   other = to_model(SMALL, {p: -np.asarray(w) for p, w in weights.items()})
@@ -176,6 +179,7 @@ def test_a_different_model_is_found_out(measured):
   assert rows(changed)[3]["identical"] < 1 and bench_rows.bugs(rows(changed))
 
 
+@pytest.mark.slow
 def test_an_early_end_is_a_bug_without_a_margin(measured):
   changed = [*measured[:3], copy.copy(measured[3])]
   first, *rest = changed[3].generations
@@ -328,6 +332,7 @@ def test_of_one_batch_the_repeats_are_drawn():
 # -- rows that go on with the next prompt ------------------------------------
 
 
+@pytest.mark.slow
 def test_throughput_of_refilled_rows():
   """The same tokens as in batches, timed as a whole."""
   prompts = [[5 + i, 6, 7][: 1 + i % 3] for i in range(7)]
@@ -395,6 +400,7 @@ def test_extra_weights_are_those_that_drafting_needs():
   assert count(LOSSLESS, StreamDraft()) == streams + lora
 
 
+@pytest.mark.slow
 def test_the_table_lines_up(measured):
   lines = text_table.render(rows(measured)).split("\n")
   assert len(lines) == 5

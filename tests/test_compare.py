@@ -87,6 +87,7 @@ def test_what_cannot_be_compared(folder, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_row_for_each_run(folder):
   entries = compare.find([folder / n for n in ("streams", "next", "base")])
   texts = ["red big", "old new small"]

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import tiny
+from random_models import in_short
 
 from spec_stream import (
   NoDraft,
@@ -92,7 +93,7 @@ LOOPS = {
 }
 
 
-@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize("name", in_short(LOOPS, ("streams",)))
 def test_the_loop_never_leaves_the_device_nor_copies_the_cache(name):
   drafter, model = LOOPS[name]
   _, loop, _, state, _ = ahead.decoding(
@@ -146,6 +147,7 @@ def test_topologies_that_are_none(text):
     compile_check.chip(text)
 
 
+@pytest.mark.slow
 def test_published_shapes_have_their_number_of_weights():
   expected = dict(llama2_7b=6_738_415_616, llama3_8b=8_030_261_248)
   expected["llama2_70b"] = 68_976_648_192

@@ -171,6 +171,7 @@ def test_no_network_names_the_way_out(tmp_path, monkeypatch):
     source.builder("e2e_nlg", str(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
   "SPEC_STREAM_DATA" not in os.environ, reason="no SPEC_STREAM_DATA"
 )

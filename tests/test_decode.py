@@ -33,7 +33,7 @@ close = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9)
 # -- the cache ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", in_short(CASES, MODES))
+@pytest.mark.parametrize("name", in_short(CASES))
 def test_cache_after_steps_is_that_of_a_fresh_prefill(x64, name):
   """After each step, of the tokens committed so far."""
   config, drafter = CASES[name]
@@ -77,10 +77,7 @@ def teacher_forced(graphdef, state, batch):
   return loss(nnx.merge(graphdef, state), batch, LossConfig())[1]
 
 
-@pytest.mark.parametrize(
-  "name",
-  in_short(["shared, first version", *MODES], MODES),
-)
+@pytest.mark.parametrize("name", in_short(["shared, first version", *MODES]))
 def test_acceptance_is_that_under_teacher_forcing(x64, name):
   """A chain accepts as long as the streams' argmax is the text's next token."""
   config, _ = CASES[name]
@@ -150,6 +147,7 @@ def training_batch(prompts, rows, size=32, places=16):
 # -- compilations ------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafter", [NoDraft(), StreamDraft()], ids=repr)
 def test_a_second_prompt_compiles_nothing(drafter):
   """Of the same bucket, with another limit, seed, temperature and end."""

@@ -9,7 +9,7 @@ the prefill and after steps that accepted few and many tokens.
 import numpy as np
 import pytest
 import reference
-from random_drafters import CASES, firsts, make
+from random_drafters import CASES, SHORT, make
 from random_models import in_short
 from reference import log_softmax
 
@@ -235,7 +235,7 @@ def drafted(tree, row):
   return paths
 
 
-@pytest.mark.parametrize("name", in_short(READINGS, firsts(READINGS)))
+@pytest.mark.parametrize("name", in_short(READINGS, SHORT))
 def test_drafts_are_those_of_the_paper(x64, name):
   reading, search = READINGS[name]
   model, own = make(CASES[name], 3)

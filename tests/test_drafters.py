@@ -18,9 +18,9 @@ from random_drafters import (
   CASES,
   CORRECTED,
   PLAIN,
+  SHORT,
   case,
   decoder,
-  firsts,
   make,
 )
 from random_models import differences, in_short, random_requests
@@ -64,7 +64,7 @@ def compare(name, seed, batch, sampled, dtype="float64"):
   return plain, fast, prompts, options, model
 
 
-@pytest.mark.parametrize("name", in_short(CASES, firsts(CASES)))
+@pytest.mark.parametrize("name", in_short(CASES, SHORT))
 def test_tokens_are_those_of_plain_decoding(x64, name):
   accepted = []
 
@@ -103,9 +103,8 @@ def test_float32_differs_in_ties_alone(name):
     assert all(x.margin < 1e-4 for x in found), list(map(str, found))
 
 
-@pytest.mark.parametrize(
-  "name", ["lookahead", pytest.param("eagle", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lookahead", "eagle"])
 def test_streaming_gives_the_same(x64, name):
   model, own = make(CASES[name], 5)
   options = dict(max_new_tokens=14, end_token=-1)
@@ -131,7 +130,12 @@ TRAINED = {
 
 
 @pytest.mark.parametrize(
-  "tree", [TreeSpec("chain"), TreeSpec("best_first", 4, 1)], ids=str
+  "tree",
+  [
+    pytest.param(TreeSpec("chain"), marks=pytest.mark.slow),
+    TreeSpec("best_first", 4, 1),
+  ],
+  ids=str,
 )
 def test_a_model_that_drafts_for_itself_is_always_right(x64, tree):
   """Sampled as well: drafts meet the noise that the target will meet."""
@@ -153,7 +157,9 @@ def test_a_model_that_drafts_for_itself_is_always_right(x64, tree):
   assert lossy.guess(None, logits) is logits
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize(
+  "name", in_short(TRAINED, TRAINED.keys() - {"eagle, fused"})
+)
 def test_training_finds_right_what_drafting_proposes(x64, name):
   """A chain that the drafter proposed, put behind its prompt as the text of the
   data: each of its tokens is then what the training pass expects, too."""
@@ -192,6 +198,7 @@ def test_training_finds_right_what_drafting_proposes(x64, name):
 # -- the example of CONTRIBUTING.md ------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_new_drafter_is_a_file_and_a_line(x64, monkeypatch):
   text = (ROOT / "CONTRIBUTING.md").read_text()
   (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)

@@ -51,7 +51,11 @@ def test_sentences_are_lines():
 
 
 @pytest.mark.parametrize(
-  "rounds, expected", [(1, [(2, 5), (4, 5), (5, 5)]), (4, [(5, 5)])]
+  "rounds, expected",
+  [
+    (1, [(2, 5), (4, 5), (5, 5)]),
+    pytest.param(4, [(5, 5)], marks=pytest.mark.slow),
+  ],
 )
 def test_many_prompts_keep_their_order(monkeypatch, rounds, expected):
   monkeypatch.setattr(evaluate, "ROUND", rounds)  # prompts a row
@@ -126,7 +130,7 @@ def test_what_a_result_says_about_itself(run):
 # -- a trace -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("limit", [7, 9])
+@pytest.mark.parametrize("limit", [7, pytest.param(9, marks=pytest.mark.slow)])
 def test_a_trace_retells_the_decoding(limit):
   model = make_model(MODEL)
   prompt = task.Prompt("red", [1, 9, 2], ["It is red."])

@@ -237,6 +237,7 @@ def similarity():
   return script("similarity", "similarity.py")
 
 
+@pytest.mark.slow
 def test_cosines_are_those_of_each_sequence_by_itself(similarity):
   streams = dataclasses.replace(
     tiny.MODEL.streams, num_streams=2, num_stream_layers=2

@@ -46,6 +46,7 @@ class Words:
     return f"word{ids[0]}"
 
 
+@pytest.mark.slow
 def test_no_difference(measured):
   assert (
     explain.differences(make_model(SMALL), PROMPTS, measured, SETTINGS) == []
@@ -53,6 +54,7 @@ def test_no_difference(measured):
   assert "No prompt differs" in explain.render([], Words())
 
 
+@pytest.mark.slow
 def test_a_wrong_token_is_the_drafters_own(measured):
   """Plain decoding gives the same through every shape, by a wide margin."""
 
@@ -72,6 +74,7 @@ def test_a_wrong_token_is_the_drafters_own(measured):
   assert "In 0 of 1" in text and f"'word{plain[2]}'" in text
 
 
+@pytest.mark.slow
 def test_where_plain_decoding_departs_from_itself(measured, monkeypatch):
   results = changed(measured, NOISE, 0, lambda ids: ids[:-1])
   asked = []
@@ -91,7 +94,7 @@ def test_where_plain_decoding_departs_from_itself(measured, monkeypatch):
   assert "In 1 of 1" in explain.render([found], Words())
 
 
-@pytest.mark.parametrize("nodes", [1, 4])
+@pytest.mark.parametrize("nodes", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_dead_nodes_change_nothing(nodes):
   model = make_model(SMALL)
   options = dict(max_new_tokens=9, temperature=0.8, seed=4)

@@ -48,20 +48,16 @@ def same(a, b):
     assert x.dtype == b[path].dtype and np.array_equal(x, b[path]), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "streams, shard_bytes",
   [
     (LORA, export.GB),
     (LOSSLESS, 9000),
-    *(
-      pytest.param(*case, marks=pytest.mark.slow)
-      for case in [
-        (LORA, 9000),
-        (LOSSLESS, export.GB),
-        (PLAIN, export.GB),
-        (PLAIN, 9000),
-      ]
-    ),
+    (LORA, 9000),
+    (LOSSLESS, export.GB),
+    (PLAIN, export.GB),
+    (PLAIN, 9000),
   ],
   ids=str,
 )
@@ -87,6 +83,7 @@ def test_a_merged_run_comes_back_bit_for_bit(tmp_path, streams, shard_bytes):
     assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.slow
 def test_bfloat16_weights_are_exported_as_they_are(tmp_path):
   run = make_run(LOSSLESS, param_dtype="bfloat16", dtype="bfloat16")
   export.merge(run, tmp_path / "out")
@@ -113,6 +110,7 @@ def test_streams_alone_go_beside_the_base(tmp_path):
   same(values(checkpoints.load_checkpoint(tmp_path / "base")), values(run))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_exported(tmp_path):
   out, lora = tmp_path / "out", make_run(LORA)
   bare = make_run(StreamConfig(2, 1))

@@ -96,9 +96,10 @@ class Liar(TreeDrafter):
   [
     (VOCAB, VOCAB, VOCAB),
     (-7, 3, 3),
-    (2**31 - 1, 1, 2),
-    (-(2**31), -1, 0),
-    (4, VOCAB + 3, 4),
+    *(
+      pytest.param(said, marks=pytest.mark.slow)
+      for said in [(2**31 - 1, 1, 2), (-(2**31), -1, 0), (4, VOCAB + 3, 4)]
+    ),
   ],
 )
 def test_tokens_that_there_are_not(x64, said):
@@ -130,7 +131,10 @@ def test_a_prompt_that_fills_the_cache(x64):
 # -- vocabulary that is padding -----------------------------------------------
 
 
-def test_padding_of_the_vocabulary_is_never_drawn(x64):
+@pytest.mark.parametrize(
+  "warmth", [0.0, pytest.param(1.5, marks=pytest.mark.slow)]
+)
+def test_padding_of_the_vocabulary_is_never_drawn(x64, warmth):
   """Though its logits are the highest, in target and streams."""
   known = VOCAB - 3
 
@@ -139,16 +143,15 @@ def test_padding_of_the_vocabulary_is_never_drawn(x64):
     return head
 
   model = changed(random_model(UNTIED, 5), "head/kernel", raised)
-  prompts, options = [[1, 2], [3, 4]], dict(max_new_tokens=14, seed=3)
-  for warmth in (0.0, 1.5):
-    options["temperature"] = warmth
-    free = tokens_of(model, prompts, NoDraft(), **options)
-    assert any(t >= known for row in free for t in row)
-    config = dataclasses.replace(UNTIED, known_tokens=known)
-    padded = weights.to_model(config, weights.to_weights(model))
-    plain = tokens_of(padded, prompts, NoDraft(), **options)
-    assert all(t < known for row in plain for t in row)
-    assert tokens_of(padded, prompts, DRAFTER, **options) == plain
+  prompts = [[1, 2], [3, 4]]
+  options = dict(max_new_tokens=14, seed=3, temperature=warmth)
+  free = tokens_of(model, prompts, NoDraft(), **options)
+  assert any(t >= known for row in free for t in row)
+  config = dataclasses.replace(UNTIED, known_tokens=known)
+  padded = weights.to_model(config, weights.to_weights(model))
+  plain = tokens_of(padded, prompts, NoDraft(), **options)
+  assert all(t < known for row in plain for t in row)
+  assert tokens_of(padded, prompts, DRAFTER, **options) == plain
 
 
 def test_a_model_knows_the_tokens_of_its_tokenizer():

@@ -6,6 +6,7 @@ import hf_models
 import numpy as np
 import pytest
 from hf_models import CASES, VOCAB
+from random_models import in_short
 from test_hf_parity import STREAMS, close, logits, with_random_streams
 from tiny import make_model
 
@@ -54,7 +55,7 @@ def weights_of(path):
   return weights.to_weights(run.model)
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=in_short(CASES, ("llama", "gemma2")))
 def source(request, tmp_path_factory):
   path = tmp_path_factory.mktemp("hf") / "checkpoint"
   return path, hf_models.make(request.param, path), request.param
@@ -104,6 +105,7 @@ def test_adapters_are_folded_in_or_written_for_peft(name, tmp_path):
   assert close(hf_models.logits(tuned.eval(), TOKENS), want)
 
 
+@pytest.mark.slow
 def test_next_token_adapters_are_a_plain_lora(tmp_path):
   """A run without streams, trained as the baseline of shared mode."""
   peft = pytest.importorskip("peft")

@@ -99,6 +99,7 @@ def test_the_base_is_the_checkpoint_and_kept_once(source, run):
   assert tuned.tokenizer.decode(tuned.tokenizer.encode("old red")) == "old red"
 
 
+@pytest.mark.slow
 def test_tokens_of_the_tuned_run_are_those_of_transformers(source, run):
   tuned = checkpoints.load_run(run)
   rng = np.random.default_rng(0)
@@ -110,6 +111,7 @@ def test_tokens_of_the_tuned_run_are_those_of_transformers(source, run):
       assert out[0].token_ids == want
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_as_if_it_had_not(
   source, run, tmp_path, monkeypatch
 ):
@@ -231,6 +233,7 @@ def test_a_float16_checkpoint(source, tmp_path):
   assert out[0].token_ids == want
 
 
+@pytest.mark.slow
 def test_bfloat16_base_and_float32_adapters(source, tmp_path, monkeypatch):
   tiny.use_small_data(monkeypatch)
   workdir = str(tmp_path / "run")

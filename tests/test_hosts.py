@@ -128,6 +128,7 @@ def weights(workdir):
   return checkpoints.load_weights(workdir, model)
 
 
+@pytest.mark.slow
 def test_two_processes_stopped_go_on_as_one(alone, tmp_path, x64):
   """SIGTERM to one stops both after a checkpoint, and one device goes on."""
   done = train(tmp_path, "2,2,2", 2, 8, "SIGTERM", code=143)

@@ -110,7 +110,10 @@ def _grads(model, batch, config, count=None):
   return _value_and_grads(model.config, values, batch, config, count)[1]
 
 
-@pytest.mark.parametrize("num_streams, remat", [(2, 0), (2, 1), (0, 0)])
+@pytest.mark.parametrize(
+  "num_streams, remat",
+  [(2, 0), pytest.param(2, 1, marks=pytest.mark.slow), (0, 0)],
+)
 def test_equals_a_plain_reading(num_streams, remat):
   streams = dataclasses.replace(MODEL.streams, num_streams=num_streams)
   model = make_model(dataclasses.replace(MODEL, streams=streams))
@@ -183,6 +186,7 @@ def test_an_empty_batch_has_a_finite_loss():
   assert metrics["loss"] == 0 and all(np.isfinite(x) for x in metrics.values())
 
 
+@pytest.mark.slow
 def test_wrong_number_of_stream_weights():
   with pytest.raises(UserError, match="3 numbers for 2 streams"):
     losses.loss(make_model(), make_batch(), LossConfig(1.0, (0.1, 0.1, 0.1)))

@@ -57,7 +57,7 @@ def check_counts(out, limit, end_token, stop):
   assert out.calls[-1] == out.target_calls - 1
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", in_short(CASES, MODES))
 def test_tokens_are_those_of_plain_decoding(x64, name):
   config, drafter = CASES[name]
   accepted = []
@@ -97,7 +97,8 @@ def test_greedy_program_and_streaming(x64, name):
       assert x.path[0] == 0 and len(x.path) >= len(x.token_ids)
 
 
-@pytest.mark.parametrize("name", in_short(["shared, pruned", "lossless"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["shared, pruned", "lossless"])
 def test_a_row_in_a_batch_gives_what_it_gives_alone(x64, name):
   config, drafter = CASES[name]
   for seed in range(3):
@@ -115,7 +116,8 @@ def test_a_row_in_a_batch_gives_what_it_gives_alone(x64, name):
       assert alone == expected
 
 
-@pytest.mark.parametrize("name", in_short(MODES))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODES)
 def test_float32_differs_in_ties_alone(name):
   config, drafter = CASES[name]
   config = as_float32(config)
@@ -154,6 +156,7 @@ def test_limits_and_ends_inside_a_path(x64):
   assert out.token_ids == [7] and out.target_calls == 1
 
 
+@pytest.mark.slow
 def test_stop_sequences_inside_a_path(x64):
   """What plain decoding gives without stops, up to the first that is in it."""
   config, drafter = CASES["shared, main attends"]

@@ -21,6 +21,7 @@ def script(monkeypatch):
   return importlib.import_module
 
 
+@pytest.mark.slow
 def test_segments_make_the_memory_of_attention_linear(script):
   training = script("training")
   mesh = ahead.make_mesh("cpu")

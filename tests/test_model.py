@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import (
   CASES,
+  MODES,
   VOCAB,
+  in_short,
   random_model,
   random_requests,
 )
@@ -147,7 +149,7 @@ def verify(graphdef, state, cache, tokens, parents, depth):
   return model.logits(out.main), streams
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", in_short(CASES, MODES))
 def test_a_node_of_a_tree_is_the_end_of_its_path(x64, name):
   """Main and streams; the cache against the whole sequence at once."""
   config, drafter = CASES[name]

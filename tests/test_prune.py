@@ -11,7 +11,7 @@ import reference
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_models import CASES, VOCAB, random_model, random_requests
+from random_models import CASES, VOCAB, in_short, random_model, random_requests
 
 from spec_stream.decode import Decoder, generate
 from spec_stream.drafters.streams import StreamDraft
@@ -113,7 +113,7 @@ def verify(graphdef, state, cache, trees, rule):
   return call(), call(keep=keep)
 
 
-@pytest.mark.parametrize("name", ["shared, pruned", "lossless"])
+@pytest.mark.parametrize("name", in_short(["shared, pruned", "lossless"]))
 def test_what_is_kept_is_what_it_was(x64, name):
   """Hidden states, streams, keys and values: of the whole tree, gathered."""
   config, drafter = CASES[name]

@@ -50,6 +50,7 @@ def folder(tmp_path_factory):
   return folder, outputs
 
 
+@pytest.mark.slow
 def test_shell_snippet(folder):
   folder, outputs = folder
   assert set(outputs) >= {"train.py", "generate.py", "benchmark.py"}
@@ -57,6 +58,7 @@ def test_shell_snippet(folder):
   assert (folder / "runs/restaurants/report.html").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_python_snippet(folder):
   (code,) = blocks("python")
   assert len(code.strip().splitlines()) <= 10

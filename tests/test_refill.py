@@ -9,7 +9,6 @@ from random_models import (
   MODES,
   MOST,
   VOCAB,
-  in_short,
   random_model,
   random_requests,
 )
@@ -28,10 +27,9 @@ def requests(seed):
   return prompts, options
 
 
-@pytest.mark.parametrize("name", in_short(MODES))
-@pytest.mark.parametrize(
-  "batch", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, COUNT))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize("batch", [1, 4, COUNT])
 def test_each_request_gives_what_it_gives_alone(x64, name, batch):
   config, drafter = CASES[name]
   for seed in range(2):

@@ -66,6 +66,7 @@ def test_a_row_in_a_batch_gives_what_it_gives_alone(x64):
     assert alone == expected
 
 
+@pytest.mark.slow
 def test_typical_acceptance_in_the_loop(x64):
   """Greedy rows are those of plain decoding; the others accept more often."""
   calls = {"exact": 0, "typical": 0}
@@ -142,10 +143,11 @@ OPTIONS = dict(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "config",
   [
-    pytest.param(SHARED, marks=SLOW, id="shared"),
+    pytest.param(SHARED, id="shared"),
     pytest.param(LOSSLESS, id="lossless"),
   ],
 )

@@ -125,6 +125,7 @@ def test_a_second_stage_goes_on_with_the_heads(folder, tmp_path, monkeypatch):
     rivals.load("medusa", str(tmp_path / "joint"), run)
 
 
+@pytest.mark.slow
 def test_a_draft_model_learns_from_its_target(folder, tmp_path, monkeypatch):
   """DistillSpec; a stopped run goes on with the same teacher."""
   use_small_data(monkeypatch)
@@ -203,6 +204,7 @@ def called(folder):
   )
 
 
+@pytest.mark.slow
 def test_one_table_of_all(folder, called):
   good = called["good"]
   assert good.code == 0, good
@@ -238,12 +240,14 @@ def test_one_table_of_all(folder, called):
   assert "extra weights" in good.out and "drafting" in good.out
 
 
+@pytest.mark.slow
 def test_a_run_drafts_with_what_it_was_trained_with(folder, called):
   assert called["own"].code == 0, called["own"]
   rows = (folder / "medusa/results.jsonl").read_text().splitlines()
   assert [json.loads(row)["method"] for row in rows][-1] == "medusa"
 
 
+@pytest.mark.slow
 def test_generate_chooses_the_tree_of_another_runs_heads(folder, tmp_path):
   shutil.copytree(folder / "run", tmp_path / "run")
   ask = ["--workdir=run", "--max_new_tokens=6", "--prompt=red big"]
@@ -266,6 +270,7 @@ def test_generate_chooses_the_tree_of_another_runs_heads(folder, tmp_path):
   assert {setting.split()[0] for setting in costs} == {"none", "medusa"}
 
 
+@pytest.mark.slow
 def test_mistakes_are_said_in_one_line(called):
   for says, done in called.items():
     if says not in ("good", "own"):

@@ -273,7 +273,9 @@ def test_a_guess_from_the_targets_own_logits_is_its_draw(seed):
   np.testing.assert_allclose(guess[1][kept], expected[kept], atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["best_first", "cartesian"])
+@pytest.mark.parametrize(
+  "kind", [pytest.param("best_first", marks=pytest.mark.slow), "cartesian"]
+)
 def test_trees_of_any_temperature_are_trees(kind):
   """Also where all is noise, and where filters leave fewer than have room."""
   rng = np.random.default_rng(0)

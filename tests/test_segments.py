@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_models import in_short
 from test_losses import _run, numpy_terms
 from tiny import MODEL, make_batch, make_model
 
@@ -49,7 +50,9 @@ def make(name):
   return config, {path: x.astype(jnp.float64) for path, x in values.items()}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+  "name", in_short(CASES, ("without streams", "two layers, one slides"))
+)
 def test_segments_are_the_dense_form(x64, name):
   """16 main rows and 12 sets in segments of 4, each block computed twice.
 
@@ -129,7 +132,7 @@ def loss(config, values, batch, target):
   return jax.jit(jax.value_and_grad(total, has_aux=True))(values)
 
 
-@pytest.mark.parametrize("name", ["shared", "lossless"])
+@pytest.mark.parametrize("name", in_short(["shared", "lossless"], ("shared",)))
 def test_the_main_stream_is_the_target(x64, name):
   config, values = make(name)
   batch = make_batch()

@@ -4,6 +4,7 @@ The launchers here are a few lines, each of which writes what it did; the code
 around them is the real one.
 """
 
+import itertools
 import json
 import os
 import pathlib
@@ -24,6 +25,12 @@ ROOT = pathlib.Path(__file__).parent.parent
 ABLATIONS = sorted(
   path.stem for path in (ROOT / "configs" / "ablations").glob("[!_]*.py")
 )
+# In the short run; the others are slow.
+SHORT = [
+  ("stream_count", "small"),
+  ("tree_width", "small"),
+  ("sampling", "paper"),
+]
 TRAIN = """
 import os, pathlib, sys, time
 options = dict(a[2:].split("=", 1) for a in sys.argv[1:])
@@ -268,6 +275,7 @@ def test_print_gives_the_commands_that_are_left(folder):
   assert len(out.splitlines()) == len(ALL) - 4
 
 
+@pytest.mark.slow
 def test_a_job_for_each_run_that_can_start(folder):
   shutil.copytree(ROOT / "launch" / "cluster", folder / "launch" / "cluster")
   args = ("--executor=slurm", "--job=--partition=gpu", "--retries=2")
@@ -296,6 +304,7 @@ def test_a_job_for_each_run_that_can_start(folder):
   assert code == 1 and "error: --topology is needed" in err
 
 
+@pytest.mark.slow
 def test_killed_half_way_it_goes_on_with_what_is_left(folder):
   other = call(folder, "--workdir=whole")[1]
   (folder / "out" / "do_streams_3").write_text("sleep")
@@ -369,8 +378,18 @@ def test_what_needs_a_failed_run_is_skipped(folder):
   [
     (("num_streams", "num_streamz"), (), "sets 'model.streams.num_streamz'"),
     (("range(1, 7)", '"x"'), (), "num_streams=x: "),
-    (("next_token", "next"), (), "'base': train.objective is 'next': use one"),
-    (("def sweep", "def swept"), (), "c.py has no sweep()"),
+    pytest.param(
+      ("next_token", "next"),
+      (),
+      "'base': train.objective is 'next': use one",
+      marks=pytest.mark.slow,
+    ),
+    pytest.param(
+      ("def sweep", "def swept"),
+      (),
+      "c.py has no sweep()",
+      marks=pytest.mark.slow,
+    ),
     ((), ("--runs=base,nothing",), "--runs: 'nothing' is no run of the sweep"),
   ],
 )
@@ -384,8 +403,13 @@ def test_a_mistake_is_one_line_before_anything_runs(
   assert message in err and out == "" and ran(folder) == []
 
 
-@pytest.mark.parametrize("scale", ["small", "paper"])
-@pytest.mark.parametrize("name", ABLATIONS)
+@pytest.mark.parametrize(
+  "name, scale",
+  [
+    case if case in SHORT else pytest.param(*case, marks=pytest.mark.slow)
+    for case in itertools.product(ABLATIONS, ("small", "paper"))
+  ],
+)
 def test_the_ablations_can_be_run(name, scale, tmp_path):
   args = [f"--config=configs/ablations/{name}.py:{scale}"]
   if scale == "paper":  # of the depth of a 7B model

@@ -507,10 +507,11 @@ def test_sql_has_exact_match_beside_rouge():
   "name, folder, sizes",
   [
     ("dialogsum", "dialogsum", (12_460, 500, 1_500)),
-    (
+    pytest.param(
       "sql_create_context",
       "sql_create_context_rederived",
       (63_335, 8_902, 15_878),
+      marks=pytest.mark.slow,
     ),
   ],
 )

@@ -104,6 +104,7 @@ def test_adapters_of_shared_mode_serve_the_main_stream():
   assert history[-1]["loss_main"] < history[0]["loss_main"]
 
 
+@pytest.mark.slow
 def test_the_pruner_moves_no_other_weight_not_even_by_clipping():
   """Clipping bites here: a shared norm would couple the two."""
   _, with_pruner, history, _ = run(MODEL, TRAIN)
@@ -258,6 +259,7 @@ def test_kill_9_and_resume_is_exact(finished, tmp_path, small_data):
     assert np.array_equal(one[path], two[path]), path
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_the_step_and_says_so(finished, tmp_path, small_data):
   workdir = str(tmp_path)
   stopped = stop(workdir, 6, "SIGINT")
@@ -293,6 +295,7 @@ def test_other_settings_are_another_run(finished, small_data, changes, message):
     tiny.train(finished, **changes)
 
 
+@pytest.mark.slow
 def test_more_steps_go_on(finished, tmp_path, small_data, capsys):
   workdir = str(tmp_path / "run")
   shutil.copytree(finished, workdir)
@@ -326,7 +329,9 @@ def test_init_from_takes_base_weights_and_tokenizer(
   assert np.any(new["streams/embed"] != base["streams/embed"])
 
 
-@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize(
+  "alike", [pytest.param(True, marks=pytest.mark.slow), False]
+)
 def test_init_from_goes_on_with_streams_that_are_alike(
   finished, tmp_path, small_data, alike
 ):

@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from spec_stream.models.config import ModelConfig, RopeScaling
-from spec_stream.models.lora import Linear, matmul
+from spec_stream.models.lora import Linear, matmul, matmul_out_first
 
 
 def wide(dtype) -> jnp.dtype:
@@ -42,6 +42,7 @@ class Embed(nnx.Module):
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     self.dtype, self.multiplier = config.dtype, config.embed_scale
+    self.out_first = False  # as of `lora.Linear`
     normal = jax.nn.initializers.normal(0.02, dtype=config.param_dtype)
     shape = (config.vocab_size, config.width)
     self.table = nnx.Param(normal(rngs.params(), shape))
@@ -56,8 +57,10 @@ class Embed(nnx.Module):
 
   def decode(self, hidden: jax.Array) -> jax.Array:
     """Tied LM head: [..., D] -> [..., V], float32 or wider."""
-    table = self.table[...].astype(hidden.dtype).T
-    return matmul(hidden, table, wide(hidden.dtype))
+    table = self.table[...].astype(hidden.dtype)
+    if self.out_first:
+      return matmul_out_first(hidden, table, wide(hidden.dtype))
+    return matmul(hidden, table.T, wide(hidden.dtype))
 
 
 class Positions(nnx.Module):

@@ -38,7 +38,7 @@ from spec_stream.models.layers import (
   softcap,
   wide,
 )
-from spec_stream.models.lora import Linear
+from spec_stream.models.lora import Linear, on_cpu
 from spec_stream.models.prune import Pruner
 from spec_stream.models.segments import Segments, segment_rows
 from spec_stream.models.streams import Streams
@@ -306,7 +306,39 @@ def merge_lora(model: Transformer) -> Transformer:
   The model itself where there are none, or where they cannot be: lossless
   adapters serve stream rows alone, and a quantised kernel would lose them.
   """
-  linears = lambda model: [
+  config = model.config
+  if (
+    config.streams.mode == "lossless"
+    or config.quantize
+    or not any(linear.lora_a is not None for linear in _linears(model))
+  ):
+    return model
+  model = nnx.clone(model)
+  for linear in _linears(model):
+    linear.merge()
+  return model
+
+
+def for_decoding(model: Transformer) -> Transformer:
+  """A copy as decoding is fastest: adapters folded in, kernels laid out; the
+  model itself where there is nothing to do, so that it may be done early."""
+  return lay_out(merge_lora(model))
+
+
+def lay_out(model: Transformer) -> Transformer:
+  """A copy with its kernels as this device's products of few rows want them,
+  which costs their memory once more; the model itself but on a CPU."""
+  if model.embed.out_first or not on_cpu(model.embed.table[...]):
+    return model
+  model = nnx.clone(model)
+  model.embed.out_first = True
+  for linear in _linears(model) + ([model.head] if model.head else []):
+    linear.lay_out()
+  return model
+
+
+def _linears(model: Transformer):
+  return [
     linear
     for block in model.blocks
     for linear in (
@@ -315,15 +347,7 @@ def merge_lora(model: Transformer) -> Transformer:
       block.ffw.gate_up,
       block.ffw.down,
     )
-    if linear.lora_a is not None
   ]
-  config = model.config
-  if config.streams.mode == "lossless" or config.quantize or not linears(model):
-    return model
-  model = nnx.clone(model)
-  for linear in linears(model):
-    linear.merge()
-  return model
 
 
 def num_params(model: nnx.Module, *kinds) -> int:
