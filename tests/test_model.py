@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+import tiny
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,9 +21,10 @@ from random_models import (
   random_requests,
 )
 
+from spec_stream import weights
 from spec_stream.decode import Decoder
 from spec_stream.errors import UserError
-from spec_stream.models import lora
+from spec_stream.models import lora, transformer
 from spec_stream.models.config import (
   ModelConfig,
   StreamConfig,
@@ -432,3 +434,42 @@ def test_two_rows_give_what_one_gives(x64):
   two = lora._of_two_rows(lambda x: product(x), jnp.asarray(x))
   assert two.shape == (1, 1, 2, 3)
   np.testing.assert_array_equal(two, lora.matmul(jnp.asarray(x), kernel))
+
+
+@pytest.mark.parametrize("batch, rows", [(1, 1), (1, 5), (3, 1), (2, 4)])
+def test_kernels_with_outputs_first_give_the_same(batch, rows, x64):
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(batch, rows, 6)))
+  kernel = jnp.asarray(rng.normal(size=(6, 2, 3)))
+  product = jax.jit(lora.matmul_out_first)
+  np.testing.assert_allclose(
+    product(x, jnp.moveaxis(kernel, 0, -1)),
+    np.einsum("bri,ijk->brjk", x, kernel),
+    rtol=1e-12,
+    atol=1e-12,
+  )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_laid_out_is_the_same_model(tied, x64):
+  config = dataclasses.replace(
+    tiny.MODEL,
+    tie_embeddings=tied,
+    qkv_bias=True,
+    dtype="float64",
+    param_dtype="float64",
+  )
+  model = weights.to_model(config, weights.init(config, 0))
+  laid = transformer.for_decoding(model)
+  assert transformer.for_decoding(laid) is laid
+  assert laid.embed.out_first and not model.embed.out_first
+  assert laid.blocks[0].ffw.down.kernel.shape == (16, 24)
+  assert model.blocks[0].ffw.down.kernel.shape == (24, 16)
+  tokens = np.random.default_rng(0).integers(0, 19, (2, 7))
+  args = tokens, np.arange(7)[None].repeat(2, 0), causal_mask(tokens * 0 + 1)
+  logits = lambda model: model.logits(
+    forward(model, *args, streams=transformer.ALL).main
+  )
+  np.testing.assert_allclose(
+    logits(laid), logits(model), rtol=1e-11, atol=1e-11
+  )

@@ -42,11 +42,13 @@ def matmul_out_first(x: jax.Array, kernel: jax.Array, dtype=None) -> jax.Array:
   experiments/step_cost has the times.
   """
   batch, rows, inputs = x.shape
+  flat = kernel.reshape(-1, inputs)
+  if batch * rows == 1:  # a vector lies in order as it is
+    y = jax.lax.dot(flat, x.reshape(-1), preferred_element_type=dtype)
+    return y.reshape(1, 1, *kernel.shape[:-1])
   in_order = lambda x: with_layout_constraint(x, Layout((0, 1)))
   columns = in_order(in_order(x.reshape(-1, inputs)).T)
-  y = jax.lax.dot(
-    kernel.reshape(-1, inputs), columns, preferred_element_type=dtype
-  )
+  y = jax.lax.dot(flat, columns, preferred_element_type=dtype)
   return in_order(y).T.reshape(batch, rows, *kernel.shape[:-1])
 
 

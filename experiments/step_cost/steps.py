@@ -1,0 +1,159 @@
+"""What a verify step costs, in plain steps, and how near both are to the limit.
+
+  python experiments/step_cost/steps.py [--shape=86m] [--nodes=4,8,16]
+    [--lengths=100] [--batch=1] [--kept=0] [--out=F.jsonl]
+
+A model of random weights decodes random prompts, plainly and with drafts, in
+turns within one process (`spec_stream.bench`): what a step costs does not
+depend on what it finds. Beside each step's time the bytes that it must move
+(weights, cache, logits), the FLOPs of its products, and the share reached of
+what this device reads and multiplies at best, measured in the same process.
+"""
+
+import argparse
+import dataclasses
+import sys
+
+import jax
+import numpy as np
+
+from spec_stream import UserError, bench, bench_rows, limits, metrics, weights
+from spec_stream.drafters.streams import StreamDraft
+from spec_stream.models.config import ModelConfig, StreamConfig
+from spec_stream.models.prune import Prune
+from spec_stream.text_table import table
+from spec_stream.tree import TreeSpec
+
+_STREAMS = StreamConfig(
+  num_streams=3, num_stream_layers=2, main_attends_streams=False
+)
+SHAPES = {
+  "86m": ModelConfig(
+    vocab_size=16384,
+    width=768,
+    num_layers=12,
+    num_heads=12,
+    num_kv_heads=4,
+    head_dim=64,
+    ffw_dim=2048,
+    streams=_STREAMS,
+  ),
+  "1.3b": ModelConfig(
+    vocab_size=32000,
+    width=2048,
+    num_layers=24,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=64,
+    ffw_dim=5504,
+    tie_embeddings=False,
+    dtype="bfloat16",
+    param_dtype="bfloat16",
+    streams=_STREAMS,
+  ),
+  "7b": ModelConfig(
+    vocab_size=32000,
+    width=4096,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    ffw_dim=11008,
+    tie_embeddings=False,
+    dtype="bfloat16",
+    param_dtype="bfloat16",
+    streams=dataclasses.replace(_STREAMS, num_stream_layers=4),
+  ),
+  "tiny": ModelConfig(
+    vocab_size=64,
+    width=32,
+    num_layers=3,
+    num_heads=4,
+    head_dim=8,
+    ffw_dim=64,
+    streams=_STREAMS,
+  ),
+}
+
+
+def measure(model, prompts, drafters, settings) -> list[dict]:
+  """Rows of `bench`, with what `limits` knows of a step."""
+  methods = bench.plan(model.config, drafters)
+  results = bench.measure(model, prompts, methods, settings)
+  about = {"dataset": "random", "device": jax.devices()[0].device_kind}
+  rows = bench_rows.rows(model, prompts, results, settings, about)
+  best = limits.of_device(model.config.dtype)
+  length = len(prompts[0]) + settings.max_new_tokens // 2
+  for row, result in zip(rows, results, strict=True):
+    need = limits.of_step(model, result.drafter, settings.batch, length=length)
+    row |= need.fields(best, row["step_ms"] / 1e3)
+    row |= {"mb": need.bytes / 1e6, "gflop": need.flops / 1e9}
+  return rows
+
+
+_COLUMNS = {
+  "method": "{method}",
+  "nodes": "{tree_nodes}",
+  "kept": "{kept_nodes}",
+  "length": "{length}",
+  "batch": "{batch}",
+  "ms a step": "{step_ms:.2f}",
+  "plain steps": "{step_cost:.2f}",
+  "MB to read": "{mb:.0f}",
+  "GFLOP": "{gflop:.2f}",
+  "of read rate": "{read_share:.0%}",
+  "of matrix rate": "{matrix_share:.0%}",
+  "limit, ms": "{limit_ms:.2f}",
+}
+
+
+def main(argv: list[str]) -> int:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--shape", default="86m", choices=SHAPES)
+  parser.add_argument("--nodes", default="4,8,16", help="of the drafts")
+  parser.add_argument("--kept", default="0", help="nodes kept by the pruner")
+  parser.add_argument("--lengths", default="100", help="of the prompts")
+  parser.add_argument("--batch", type=int, default=1)
+  parser.add_argument("--new", type=int, default=48, help="tokens to decode")
+  parser.add_argument("--prompts", type=int, default=5)
+  parser.add_argument("--out", default="", help=".jsonl file to add rows to")
+  args = parser.parse_args(argv)
+  numbers = lambda text: [int(x) for x in text.split(",")]
+  config = SHAPES[args.shape]
+  model = weights.to_model(config, jax.jit(lambda: weights.init(config, 0))())
+  drafters = [
+    StreamDraft(TreeSpec("best_first", nodes), prune=Prune(kept))
+    for nodes in numbers(args.nodes)
+    for kept in numbers(args.kept)
+    if kept < nodes
+  ]
+  settings = bench.Settings(batch=args.batch, max_new_tokens=args.new)
+  rows = []
+  rng = np.random.default_rng(0)
+  for length in numbers(args.lengths):
+    size = (args.prompts * args.batch, length)
+    prompts = rng.integers(1, config.vocab_size, size).tolist()
+    for row in measure(model, prompts, drafters, settings):
+      rows.append(row | {"length": length, "shape": args.shape})
+  columns = {
+    name: [form.format(**row) for row in rows]
+    for name, form in _COLUMNS.items()
+  }
+  print(table(columns, ("method",)))
+  best = limits.of_device(config.dtype)
+  print(
+    f"measured here: {best.read / 1e9:.1f} GB/s read, "
+    f"{best.matrix / 1e9:.0f} GFLOP/s"
+  )
+  if args.out:
+    metrics.append_jsonl(args.out, rows)
+  return 0
+
+
+if __name__ == "__main__":
+  try:
+    sys.exit(main(sys.argv[1:]))
+  except UserError as error:
+    sys.exit(f"error: {error}")
