@@ -15,7 +15,7 @@ from flax import nnx
 
 from spec_stream import decode, roofline
 from spec_stream.drafters.base import Drafter
-from spec_stream.models.transformer import Transformer
+from spec_stream.models.transformer import Transformer, merge_lora
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,10 +95,11 @@ def of_step(
   row. FLOPs: of the traced step, whose cache has that many slots, rounded up.
   """
   decoder = decode.Decoder(model, drafter)
-  config, held = model.config, nnx.to_flat_state(decoder.weights)
-  looked_up = ["positions"] + ["embed"] * (not config.tie_embeddings)
+  config = model.config
+  held = nnx.to_flat_state(nnx.state(merge_lora(model)))
+  looked_up = ["drafter", "positions"] + ["embed"] * (not config.tie_embeddings)
   read = [
-    variable.get_value() for path, variable in held if path[1] not in looked_up
+    variable.get_value() for path, variable in held if path[0] not in looked_up
   ]
   pairs = 2 * config.num_layers * config.num_kv_heads * config.head_dim
   cache = batch * length * pairs * jnp.dtype(config.dtype).itemsize

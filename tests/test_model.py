@@ -451,7 +451,7 @@ def test_kernels_with_outputs_first_give_the_same(batch, rows, x64):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_what_is_laid_out_is_the_same_model(tied, x64):
+def test_what_is_laid_out_is_the_same_model(tied, x64, monkeypatch):
   config = dataclasses.replace(
     tiny.MODEL,
     tie_embeddings=tied,
@@ -460,6 +460,10 @@ def test_what_is_laid_out_is_the_same_model(tied, x64):
     param_dtype="float64",
   )
   model = weights.to_model(config, weights.init(config, 0))
+  small = transformer.for_decoding(model)  # nothing to gain
+  assert not small.embed.out_first
+  assert small.blocks[0].ffw.down.kernel.shape == (24, 16)
+  monkeypatch.setattr(lora, "_LARGE", 0)
   laid = transformer.for_decoding(model)
   assert transformer.for_decoding(laid) is laid
   assert laid.embed.out_first and not model.embed.out_first

@@ -16,6 +16,8 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from spec_stream.models import quant
 from spec_stream.models.config import ModelConfig
 
+_LARGE = 2**23  # bytes
+
 
 def matmul(x: jax.Array, kernel: jax.Array, dtype=None) -> jax.Array:
   """x [B, R, I] times kernel [I, *out] -> [B, R, *out], of `dtype` if given."""
@@ -36,10 +38,9 @@ def _of_two_rows(product, x):
 def matmul_out_first(x: jax.Array, kernel: jax.Array, dtype=None) -> jax.Array:
   """As `matmul`, of a kernel [*out, I], whose rows lie in one piece each.
 
-  On a CPU, XLA's product of few rows (Eigen) copies a kernel [I, out] into
-  panels first, and is slower than the memory. Of the kernel as the left side,
-  and the rows as columns that truly lie so, it copies the rows instead:
-  experiments/step_cost has the times.
+  For a few rows XLA on a CPU first copies one side into panels. With the
+  kernel on the left, and the rows as columns that truly lie so, it is theirs,
+  which pays where the kernel is large: experiments/step_cost has the times.
   """
   batch, rows, inputs = x.shape
   flat = kernel.reshape(-1, inputs)
@@ -155,11 +156,16 @@ class Linear(nnx.Module):
   def lay_out(self):
     """Puts the kernel as products on a CPU want it."""
     kernel = self.kernel[...]
-    if self.out_first or self.kernel_scale is not None or not on_cpu(kernel):
+    if self.out_first or self.kernel_scale is not None or not is_large(kernel):
       return
     size = math.prod(self.inputs)
     flat = jnp.moveaxis(kernel.reshape(size, *self.outputs), 0, -1)
     self.kernel, self.out_first = nnx.Param(flat), True
+
+
+def is_large(kernel: jax.Array) -> bool:
+  """Whether a kernel gains by having its outputs first."""
+  return kernel.nbytes >= _LARGE
 
 
 def on_cpu(x: jax.Array) -> bool:

@@ -38,7 +38,7 @@ from spec_stream.models.layers import (
   softcap,
   wide,
 )
-from spec_stream.models.lora import Linear, on_cpu
+from spec_stream.models.lora import Linear, is_large, on_cpu
 from spec_stream.models.prune import Pruner
 from spec_stream.models.segments import Segments, segment_rows
 from spec_stream.models.streams import Streams
@@ -100,6 +100,7 @@ class Transformer(nnx.Module):
     prunes = some and streams.prune_rank > 0
     self.pruner = Pruner(config, rngs=rngs) if prunes else None
     self.drafter = nnx.data(None)  # weights of a drafter: see `weights`
+    self.laid_out = False  # see `lay_out`
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """Final-normed hidden [B, R, D] -> logits [B, R, V], float32 or wider."""
@@ -327,11 +328,13 @@ def for_decoding(model: Transformer) -> Transformer:
 
 def lay_out(model: Transformer) -> Transformer:
   """A copy with its kernels as this device's products of few rows want them,
-  which costs their memory once more; the model itself but on a CPU."""
-  if model.embed.out_first or not on_cpu(model.embed.table[...]):
+  which costs the memory of the large ones once more; the model itself but on a
+  CPU."""
+  table = model.embed.table[...]
+  if model.laid_out or not on_cpu(table):
     return model
   model = nnx.clone(model)
-  model.embed.out_first = True
+  model.laid_out, model.embed.out_first = True, is_large(table)
   for linear in _linears(model) + ([model.head] if model.head else []):
     linear.lay_out()
   return model
