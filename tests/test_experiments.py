@@ -293,3 +293,26 @@ def test_similarity_says_what_it_needs(similarity, tmp_path):
   assert lines[2] == "| 5 | 0.00 / 0.54 | 0.18 / 0.72 | 0.36 / 0.90 |"
   similarity.plot(found, 5, tmp_path / "c.png")
   assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+# -- step_cost ----------------------------------------------------------------
+
+
+def test_steps_are_measured_against_their_limits(tmp_path, capsys):
+  steps = script("step_cost", "steps.py")
+  args = "--shape=tiny --lengths=20 --new=8 --prompts=2 --nodes=4 --kept=0,2"
+  out = tmp_path / "rows.jsonl"
+  assert steps.main([*args.split(), f"--out={out}"]) == 0
+  table = capsys.readouterr().out
+  assert table.splitlines()[0].split()[:3] == ["method", "nodes", "kept"]
+  rows = [json.loads(line) for line in out.read_text().splitlines()]
+  assert [(r["method"], r["tree_nodes"], r["kept_nodes"]) for r in rows] == [
+    ("none", 1, 0),
+    ("none (A against A)", 1, 0),
+    ("streams", 4, 0),
+    ("streams", 4, 2),
+  ]
+  assert len({r["step_bytes"] for r in rows}) == 1
+  plain, _, whole, pruned = (r["step_flops"] for r in rows)
+  assert plain < pruned < whole
+  assert all(0 < r["read_share"] and r["identical"] == 1 for r in rows)
