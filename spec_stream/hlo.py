@@ -107,10 +107,9 @@ class Program:
       elif i.op == "call":
         total += self.traffic(i.called("to_apply"))
       elif i.op == "conditional":
-        branches = re.findall(
-          r"(?:branch_computations=\{|true_computation=|false_computation=)"
-          r"([^}\s]+)",
-          i.rest,
+        branches = re.findall(r"branch_computations=\{([^}]+)\}", i.rest)
+        branches += re.findall(
+          r"(?:true|false)_computation=%?([\w.\-]+)", i.rest
         )
         names = [n.strip(" %,") for part in branches for n in part.split(",")]
         costs = [self.traffic(n) for n in names if n in self.computations]
@@ -263,7 +262,8 @@ def collective(i: Instruction) -> tuple[tuple[str, int, int], ...]:
     return ()
   sizes = [size for size, _ in _arrays(i.shape)]
   if i.op.endswith("-start") and len(sizes) > 1 and kind != "all-reduce":
-    sizes = sizes[1:2]  # (operand, result, ...)
+    count = len(i.operands)  # (operands, results, ...)
+    sizes = sizes[count : 2 * count]
   return ((kind, 1, math.ceil(sum(sizes))),)
 
 

@@ -40,7 +40,7 @@ def flops(function, *args) -> int:
 
 
 def _flops(jaxpr) -> int:
-  total, by_platform = 0, set()
+  total, by_platform = 0, []
   for equation in jaxpr.eqns:
     if equation.primitive.name == "dot_general":
       (inner, _), _ = equation.params["dimension_numbers"]
@@ -51,10 +51,11 @@ def _flops(jaxpr) -> int:
     times = equation.params.get("length", 1)  # of a scan
     inside = [_flops(sub) for sub in _within(equation.params)]
     if equation.primitive.name == "platform_index":
-      by_platform |= set(equation.outvars)
+      by_platform += equation.outvars
     if equation.primitive.name == "cond":
       # Of a choice by platform what the program asks for: that of any other.
-      pick = min if equation.invars[0] in by_platform else max
+      index = equation.invars[0]
+      pick = min if any(index is x for x in by_platform) else max
       inside = [pick(inside, default=0)]
     total += times * sum(inside)
   return total

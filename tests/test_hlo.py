@@ -159,3 +159,42 @@ def test_talk_with_the_host_is_found():
 
   text = jax.jit(talk).lower(jnp.zeros(3)).compile().as_text()
   assert hlo.host_transfers(text)
+
+
+def test_the_dearest_branch_counts():
+  text = """
+%a (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  ROOT %n = f32[8]{0} negate(%x)
+}
+
+%b (y: f32[8]) -> f32[8] {
+  %y = f32[8]{0} parameter(0)
+  %m = f32[8]{0} negate(%y)
+  ROOT %o = f32[8]{0} negate(%m)
+}
+
+ENTRY %main (i: s32[], x: f32[8]) -> f32[8] {
+  %i = s32[] parameter(0)
+  %p = f32[8]{0} parameter(1)
+  ROOT %r = f32[8]{0} conditional(%i, %p, %p), BRANCHES
+}
+"""
+  for words in (
+    "branch_computations={%a, %b}",
+    "true_computation=%a, false_computation=%b",
+  ):
+    found = hlo.Program(text.replace("BRANCHES", words))
+    assert found.traffic("main").bytes == 2 * 64
+
+
+def test_a_start_of_two_operands_counts_both_results():
+  text = """
+ENTRY %main (a: f32[2], b: f32[3]) -> f32[8] {
+  %a = f32[2]{0} parameter(0)
+  %b = f32[3]{0} parameter(1)
+  %s = ((f32[2]{0}, f32[3]{0}), (f32[4]{0}, f32[6]{0})) all-gather-start(%a, %b)
+}
+"""
+  found = hlo.Program(text).traffic("main").collectives
+  assert found == (("all-gather", 1, 40),)

@@ -19,6 +19,8 @@ _BASE = {
   "train.trainable": "all",
   "train.init_from": "",
   "train.steps": 600,
+  # A plain decoder: adapters would be trained too, and some runs keep them.
+  "model.streams.lora_rank": 0,
 }
 
 

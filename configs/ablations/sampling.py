@@ -27,6 +27,7 @@ def sweep(scale: str = "small"):
   medusa = {
     "model.drafter.name": "medusa",
     "model.streams.num_streams": 0,
+    "model.streams.lora_rank": 0,
     "train.trainable": "drafter",
     "train.objective": "next_token",
   }

@@ -21,6 +21,7 @@ from flax import nnx
 
 from spec_stream import UserError, evaluate, load_run, task
 from spec_stream.drafters.none import NoDraft
+from spec_stream.models.layers import wide
 from spec_stream.models.transformer import (
   ALL,
   causal_mask,
@@ -64,6 +65,7 @@ def _sums(graphdef, state, tokens, first, length):
 
 
 def _cosine(a, b):
+  a, b = (x.astype(wide(x.dtype)) for x in (a, b))
   norm = lambda x: jnp.sqrt(jnp.sum(x * x, -1))
   return jnp.sum(a * b, -1) / jnp.maximum(norm(a) * norm(b), 1e-30)
 

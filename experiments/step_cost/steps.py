@@ -6,7 +6,7 @@
 A model of random weights decodes random prompts, plainly and with drafts, in
 turns within one process (`spec_stream.bench`): what a step costs does not
 depend on what it finds. Beside each step's time the bytes that it must move
-(weights, cache, logits), the FLOPs of its products, and the share reached of
+(weights, cache), the FLOPs of its products, and the share reached of
 what this device reads and multiplies at best, measured in the same process.
 """
 
