@@ -116,7 +116,9 @@ def training(
     step, _, _, flops = ahead.train_step(model, train, place, **names)
   except Exception as e:
     return about | _too_large(e, of, _train_advice(train, rows, model))
-  row = about | _account(step, flops, place, of)
+  program = hlo.Program(step.as_text())
+  moved = program.traffic(program.entry)
+  row = about | _account(step, moved, flops, place, of)
   if not row["fits"]:
     row["advice"] = _advice(row, of, _train_advice(train, rows, model))
   return row
@@ -148,17 +150,20 @@ def decoding(
   except Exception as e:
     return about | _too_large(e, of, advice)
   _, loop, _, state, flops = made
-  row = about | _account(loop, flops, place, of)
-  row["cache_copies"] = _cache_copies(loop, state)
+  program = hlo.Program(loop.as_text())
+  step = program.loop()
+  row = about | _account(loop, program.traffic(step), flops, place, of)
+  row["cache_copies"] = len(program.copies(step, _layer_bytes(state)))
   if not row["fits"]:
     row["advice"] = _advice(row, of, advice)
   return row
 
 
-def _account(compiled, flops: int, place: Mesh, of: roofline.Chip) -> dict:
-  """What a compiled program takes of a chip."""
+def _account(
+  compiled, traffic: hlo.Traffic, flops: int, place: Mesh, of: roofline.Chip
+) -> dict:
+  """What a compiled program takes of a chip; traffic: of one step."""
   memory = ahead.memory(compiled)
-  traffic, program, name = hlo.of_step(compiled)
   cost = roofline.Cost(flops / place.size, traffic, of)
   return {
     "fits": memory["total"] <= of.memory,
@@ -175,15 +180,12 @@ def _account(compiled, flops: int, place: Mesh, of: roofline.Chip) -> dict:
   }
 
 
-def _cache_copies(loop, state) -> int:
-  """Copies of a layer's keys or values, or more, that each step makes."""
-  _, program, name = hlo.of_step(loop)
-  layers = jax.tree.leaves(state.cache.layers)
-  sizes = [
+def _layer_bytes(state) -> int:
+  """Of a layer's keys or values on one chip."""
+  return min(
     math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-    for x in layers
-  ]
-  return len(program.copies(name, min(sizes)))
+    for x in jax.tree.leaves(state.cache.layers)
+  )
 
 
 def _train_advice(train: TrainConfig, rows: int, model: ModelConfig) -> str:

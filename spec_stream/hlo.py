@@ -93,8 +93,12 @@ class Program:
       i.called("body")
       for inside in self.computations.values()
       for i in inside.values()
-      if i.op == "while" and not self._turns(i)
+      if i.op == "while" and not self._turns(i, inside)
     ]
+
+  def loop(self) -> str:
+    """Of `loops` the one that moves most: of decoding, a step."""
+    return max(self.loops(), key=lambda name: self.traffic(name).bytes)
 
   @functools.cache  # noqa: B019 (programs are few, and short-lived)
   def traffic(self, name: str) -> Traffic:
@@ -103,7 +107,8 @@ class Program:
     inside = self.computations[name]
     for i in inside.values():
       if i.op == "while":
-        total += self.traffic(i.called("body")).times(self._turns(i) or 1)
+        turns = self._turns(i, inside) or 1
+        total += self.traffic(i.called("body")).times(turns)
       elif i.op == "call":
         total += self.traffic(i.called("to_apply"))
       elif i.op == "conditional":
@@ -115,21 +120,43 @@ class Program:
         costs = [self.traffic(n) for n in names if n in self.computations]
         total += max(costs, key=lambda cost: cost.bytes, default=Traffic())
       elif i.op not in _FREE and not i.op.endswith("-done"):
-        total += Traffic(self._moved(i, inside), collective(i), _cycles(i))
+        total += Traffic(self._moved(i, inside), (), _cycles(i))
+        for one in (i, *self._within(i)):
+          total += Traffic(0, collective(one))
     return total
 
-  def _turns(self, loop: Instruction) -> int:
-    """How often a loop turns; 0 where that is not known."""
+  def _within(self, i: Instruction):
+    """What a custom fusion holds; a collective may be. A TPU's program starts
+    it in one, ends it in another, and names it once more in each fusion that
+    runs meanwhile, in other loops too: the first alone counts."""
+    starts = "kind=kCustom" in i.rest and "done" not in i.name
+    called = i.called("calls") if starts else ""
+    return self.computations.get(called, {}).values()
+
+  def _turns(self, loop: Instruction, around) -> int:
+    """How often a loop turns; 0 where that is not known. around: the
+    instructions among which it stands."""
     found = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest)
     if found:
       return int(found[1])
+    # Of a scan: the counter, which goes up by one, is below a constant.
     inside = self.computations.get(loop.called("condition"), {})
-    for root in inside.values():  # of a scan: its counter is below a constant
-      if root.root and root.op == "compare" and "direction=LT" in root.rest:
-        last = inside.get(root.operands[1])
-        if last is not None and last.op == "constant":
-          return int(re.match(r"\d*", last.rest)[0] or 0)
-    return 0
+    root = next((x for x in inside.values() if x.root), None)
+    if root is None or len(root.operands) != 2:
+      return 0
+    fused = self.computations.get(root.called("calls"), {}).values()
+    tests = [x for x in (root, *fused) if x.op == "compare"]
+    if not tests or "direction=LT" not in tests[0].rest:
+      return 0
+    counter, last = (inside[name] for name in root.operands)
+    at = re.search(r"\bindex=(\d+)", counter.rest)
+    state = around.get(loop.operands[0])
+    if not at or state is None or state.op != "tuple":
+      return 0
+    first = around[state.operands[int(at[1])]]
+    while first.op in ("copy", "bitcast") and first.operands[0] in around:
+      first = around[first.operands[0]]
+    return max(_constant(last, 0) - _constant(first, 0), 0)
 
   def copies(self, name: str, size: int) -> list[str]:
     """Instructions that copy an array of `size` bytes or more within the large
@@ -151,7 +178,8 @@ class Program:
     shapes = [inside[name].shape for name in i.operands if name in inside]
     if re.fullmatch(r"(copy|(dynamic-)?slice)-start", i.op):
       arrays = _arrays(i.shape)  # of a copy its result comes first
-      result, source = arrays[:2] if i.op == "copy-start" else arrays[1::-1]
+      source = arrays[1 if i.op == "copy-start" else 0]
+      result = arrays[0 if i.op == "copy-start" else len(i.operands)]
       return result[0] * (result[1] + source[1])
     if i.op in _SLICES:
       size = _size(i.shape)
@@ -160,7 +188,8 @@ class Program:
       return 2 * _size(shapes[_UPDATES[i.op]]) * _large(i.shape)
     if i.op == "fusion":
       return self._fused(i, shapes)
-    return sum(map(_traffic_of, (i.shape, *shapes)))
+    read = sum(map(_traffic_of, shapes))
+    return read + sum(size * large for size, large in _results(i))
 
   def _fused(self, i: Instruction, shapes: list[str]) -> int:
     """What a fusion reads of its operands and writes of its results."""
@@ -184,18 +213,6 @@ class Program:
         size = _size(inside[result.operands[_UPDATES[result.op]]].shape)
       total += size * large
     return total
-
-
-def of_step(compiled) -> tuple[Traffic, "Program", str]:
-  """-> (what a step moves, the program, the name of its computation).
-
-  A step is one turn of the program's loop of unknown length, the decoding
-  loop; of a program without one, as a training step, all of it.
-  """
-  program = Program(compiled.as_text())
-  names = program.loops() or [program.entry]
-  name = max(names, key=lambda name: program.traffic(name).bytes)
-  return program.traffic(name), program, name
 
 
 def _read(name: str, inside: dict[str, Instruction]) -> int:
@@ -226,18 +243,20 @@ def _brackets(rest: str) -> str:
 def _arrays(shape: str) -> list[tuple[int, bool]]:
   """(bytes, whether it lies in the large memory) of each array of a shape."""
   return [
-    (math.prod(map(int, filter(None, dims.split(",")))) * _width(kind), not on)
-    for kind, dims, on in _ARRAY.findall(shape)
+    (_bytes(kind, dims), not on) for kind, dims, on in _ARRAY.findall(shape)
   ]
 
 
-def _width(kind: str) -> float:
-  """Bytes of an element, by its name in a program: f32, bf16, s4, pred."""
-  return 1 if kind == "pred" else int(re.sub(r"\D", "", kind)) / 8
+def _bytes(kind: str, dims: str) -> int:
+  """Of an array of elements f32, bf16, s4, pred, ... and dimensions "2,3"."""
+  bits = 8 if kind == "pred" else int(re.sub(r"\D", "", kind))
+  return math.ceil(
+    math.prod(map(int, filter(None, dims.split(",")))) * bits / 8
+  )
 
 
 def _size(shape: str) -> int:
-  return math.ceil(sum(size for size, _ in _arrays(shape)))
+  return sum(size for size, _ in _arrays(shape))
 
 
 def _large(shape: str) -> bool:
@@ -247,7 +266,21 @@ def _large(shape: str) -> bool:
 def _traffic_of(shape: str) -> int:
   if shape.startswith("("):  # a tuple that is handed on; its parts are counted
     return 0
-  return sum(math.ceil(size) for size, large in _arrays(shape) if large)
+  return sum(size for size, large in _arrays(shape) if large)
+
+
+def _results(i: Instruction) -> list[tuple[int, bool]]:
+  """`_arrays` of what an instruction gives; the shape of one that is started
+  names its operands before."""
+  arrays = _arrays(i.shape)
+  if i.op.endswith("-start") and len(arrays) > 1 and i.op != "all-reduce-start":
+    arrays = arrays[len(i.operands) : 2 * len(i.operands)]
+  return arrays
+
+
+def _constant(i: Instruction, other: int) -> int:
+  found = re.match(r"\d+", i.rest) if i.op == "constant" else None
+  return int(found[0]) if found else other
 
 
 def _cycles(i: Instruction) -> int:
@@ -260,11 +293,7 @@ def collective(i: Instruction) -> tuple[tuple[str, int, int], ...]:
   kind = i.op.removesuffix("-start")
   if kind not in COLLECTIVES:
     return ()
-  sizes = [size for size, _ in _arrays(i.shape)]
-  if i.op.endswith("-start") and len(sizes) > 1 and kind != "all-reduce":
-    count = len(i.operands)  # (operands, results, ...)
-    sizes = sizes[count : 2 * count]
-  return ((kind, 1, math.ceil(sum(sizes))),)
+  return ((kind, 1, sum(size for size, _ in _results(i))),)
 
 
 def host_transfers(text: str) -> list[str]:

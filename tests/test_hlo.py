@@ -13,7 +13,9 @@ SMALL = 64 * 2**10  # of activations, against a megabyte of weights
 
 def program(function, *args, donate=()):
   compiled = jax.jit(function, donate_argnums=donate).lower(*args).compile()
-  return hlo.of_step(compiled)
+  found = hlo.Program(compiled.as_text())
+  name = found.loop() if found.loops() else found.entry
+  return found.traffic(name), found, name
 
 
 def loop(body):
@@ -117,20 +119,28 @@ ENTRY %main (s: (bf16[8,4], f32[4])) -> (bf16[8,4], f32[4]) {
   three = hlo.Program(known)
   assert three.loops() == []
   assert three.traffic(three.entry) == found.traffic("body").times(3)
-  # Or its condition says it: a counter below a constant.
-  four = hlo.Program(
-    """
-%c (s: (s32[])) -> pred[] {
-  %s = (s32[]) parameter(0)
-  %i = s32[]{:T(128)} get-tuple-element(%s), index=0
-  %four = s32[]{:T(128)} constant(4), metadata={op_name="x"}
-  ROOT %lt = pred[]{:T(512)} compare(%i, %four), direction=LT
-}
-"""
-    + text
-  )
-  assert four.loops() == []
-  assert four.traffic(four.entry) == found.traffic("body").times(4)
+
+
+@pytest.mark.parametrize("first, last", [(0, 5), (2, 7), (0, 1), (3, 4)])
+def test_a_loop_says_how_often_it_turns_by_its_condition(first, last):
+  def turns(x, w):
+    return jax.lax.fori_loop(first, last, lambda i, x: jnp.tanh(x @ w), x)
+
+  text = jax.jit(turns).lower(ROW, WEIGHT).compile().as_text()
+  bare = hlo.Program(text.replace("known_trip_count", "unknown"))
+  assert bare.loops() == []
+  known = hlo.Program(text)
+  assert bare.traffic(bare.entry) == known.traffic(known.entry)
+  assert last - first <= known.traffic(known.entry).bytes / 2**20
+
+
+def test_a_bound_that_is_not_known_is_none():
+  def turns(x, w, n):
+    return jax.lax.fori_loop(0, n, lambda i, x: jnp.tanh(x @ w), x)
+
+  count = jax.ShapeDtypeStruct((), jnp.int32)
+  _, found, name = program(turns, ROW, WEIGHT, count)
+  assert found.loops() == [name]
 
 
 @pytest.mark.parametrize(
@@ -198,3 +208,27 @@ ENTRY %main (a: f32[2], b: f32[3]) -> f32[8] {
 """
   found = hlo.Program(text).traffic("main").collectives
   assert found == (("all-gather", 1, 40),)
+
+
+def test_what_is_fused_or_a_tuple_counts():
+  text = """
+%scattered (x: f32[8]) -> f32[4] {
+  %x = f32[8]{0} parameter(0)
+  ROOT %r = f32[4]{0} reduce-scatter(%x), dimensions={0}
+}
+
+ENTRY %main (a: f32[8], i: s32[]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %i = s32[] parameter(1)
+  %f = f32[4]{0} fusion(%a), kind=kCustom, calls=%scattered
+  %f-done = f32[4]{0:S(1)} fusion(%f), kind=kCustom, calls=%scattered
+  %m = f32[4]{0:S(1)} fusion(%f), kind=kOutput, calls=%scattered
+  %k = (f32[2]{0}, s32[2]{0}) custom-call(%a), custom_call_target="TopK"
+  %d = ((f32[8]{0}, s32[]), f32[3]{0:S(1)}, u32[]) dynamic-slice-start(%a, %i)
+}
+"""
+  found = hlo.Program(text).traffic("main")
+  assert found.collectives == (("reduce-scatter", 1, 16),)
+  # The fusion's 8 and 4, which two more read; the call's 8 and 2 times two; of
+  # the slice its 3.
+  assert found.bytes == 4 * (8 + 4 + 4 + 4 + 8 + 4 + 3)
