@@ -15,6 +15,7 @@ _PUBLIC = {
   "StreamDraft": "drafters.streams",
   "TreeSpec": "tree",
   "UserError": "errors",
+  "for_decoding": "models.transformer",
   "generate": "decode",
   "load_run": "checkpoints",
   "stream": "decode",

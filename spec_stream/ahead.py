@@ -138,8 +138,9 @@ def decoding(
   """-> (compiled prefill and loop, abstract weights by path, abstract state,
   FLOPs of one step).
 
-  As in `decode.Decoder`: adapters of shared mode are folded in, weights lie by
-  the rules of `sharding`, and the state where prefill leaves it. Prompts of
+  As in `decode.Decoder`, but for the layout that large kernels have on a CPU:
+  adapters of shared mode are folded in, weights lie by the rules of `sharding`,
+  and the state where prefill leaves it. Prompts of
   `prompt` tokens; what is left of the cache's slots is for new ones.
   """
   drafter = drafter.resolve(model)

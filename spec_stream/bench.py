@@ -183,7 +183,14 @@ def measure(
   ]
   model = for_decoding(model)  # once, not in each decoder
   # A decoder for each row: the A-against-A row is independent of its twin.
-  decoders = [Decoder(model, m.drafter, m.own) for m in methods]
+  own = {
+    id(m.own): for_decoding(m.own)
+    for m in methods
+    if isinstance(m.own, Transformer)
+  }
+  decoders = [
+    Decoder(model, m.drafter, own.get(id(m.own), m.own)) for m in methods
+  ]
   decoders[0].check(prompts, settings.max_new_tokens)
   zeros = lambda: np.zeros((settings.repeats, len(batches)))
   results = [

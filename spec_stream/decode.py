@@ -318,7 +318,8 @@ def generate(
   """Decodes prompts (token ids) in one compiled loop.
 
   Args:
-    model: the target.
+    model: the target. For many calls give `for_decoding(model)`, or make one
+      `Decoder`: else each call makes it ready anew.
     prompts: token ids; rows may differ in length.
     drafter: StreamDraft() if None.
     own: the drafter's own weights, see `Decoder`.
@@ -356,7 +357,8 @@ def stream(
   own=None,
   **settings,
 ) -> Iterator[Step]:
-  """`generate` for one prompt, call by call, with the drafts."""
+  """`generate` for one prompt, call by call, with the drafts; model: as
+  there."""
   decoder = Decoder(model, drafter or StreamDraft(), own)
   state = decoder.start([prompt], **settings)
   _check_finite(state)

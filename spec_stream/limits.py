@@ -7,6 +7,7 @@ can leave out.
 
 import dataclasses
 import functools
+import math
 import time
 
 import jax
@@ -14,8 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spec_stream import decode, roofline
-from spec_stream.drafters.base import Drafter
-from spec_stream.models.transformer import Transformer, merge_lora
+from spec_stream import step as steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,31 +85,40 @@ class Step:
     }
 
 
-def of_step(
-  model: Transformer, drafter: Drafter, batch: int = 1, length: int = 128
-) -> Step:
+def of_step(decoder: decode.Decoder, batch: int = 1, length: int = 128) -> Step:
   """Of the step that decodes `batch` rows with `length` committed tokens each.
 
-  Bytes: every weight that a product reads, once (of embeddings that are no LM
-  head a row a token, which is nothing); keys and values of `length` tokens a
-  row. FLOPs: of the traced step, whose cache has that many slots, rounded up.
+  Bytes: every weight that the traced step uses, the drafter's too, once (of a
+  table that is only looked up in, what is found); keys and values of `length`
+  tokens a row. FLOPs: of the same, whose cache has that many slots, rounded up.
   """
-  decoder = decode.Decoder(model, drafter)
-  config = model.config
-  held = nnx.to_flat_state(nnx.state(merge_lora(model)))
-  looked_up = ["drafter", "positions"] + ["embed"] * (not config.tie_embeddings)
-  read = [
-    variable.get_value() for path, variable in held if path[0] not in looked_up
-  ]
+  config = decoder.config
   pairs = 2 * config.num_layers * config.num_kv_heads * config.head_dim
   cache = batch * length * pairs * jnp.dtype(config.dtype).itemsize
   state = jax.eval_shape(
     lambda: decoder.start([[1] * length] * batch, max_new_tokens=1)
   )
-  step = lambda state: decode._step(
-    decoder.graphdef, decoder.weights, decoder.drafter, state
-  )
+
+  def step(weights, state):
+    params = nnx.merge(decoder.graphdef, weights)
+    return steps.step(params, decoder.drafter, state)
+
+  jaxpr = jax.make_jaxpr(step)(decoder.weights, state).jaxpr
+  held = jaxpr.invars[: len(jax.tree.leaves(decoder.weights))]
   return Step(
-    bytes=cache + sum(x.nbytes for x in read),
-    flops=roofline.flops(step, state),
+    bytes=cache + sum(_read(weight, jaxpr) for weight in held),
+    flops=roofline.flops(step, decoder.weights, state),
   )
+
+
+def _read(weight, jaxpr) -> int:
+  """Bytes of an input that a program reads."""
+  size = lambda x: math.prod(x.aval.shape) * x.aval.dtype.itemsize
+  total = 0
+  for equation in jaxpr.eqns:
+    for at, x in enumerate(equation.invars):
+      if x is weight:
+        if equation.primitive.name != "gather" or at:
+          return size(weight)
+        total += size(equation.outvars[0])
+  return total

@@ -1,11 +1,18 @@
 """What a step needs, and what a device gives."""
 
 import dataclasses
+import itertools
 
 import pytest
 
 from spec_stream import NoDraft, StreamDraft, TreeSpec, limits, weights
-from spec_stream.models.config import ModelConfig, StreamConfig
+from spec_stream.decode import Decoder
+from spec_stream.drafters.medusa import MedusaDraft
+from spec_stream.models.config import (
+  DrafterConfig,
+  ModelConfig,
+  StreamConfig,
+)
 
 MODEL = ModelConfig(
   vocab_size=64,
@@ -24,32 +31,50 @@ def make(**changes):
   return weights.to_model(config, weights.init(config, 0))
 
 
-def count(model):
+def num_bytes(model, *prefixes) -> int:
+  """Of the weights whose paths begin so; of float32."""
   shapes = weights.shapes(model.config)
-  return {path: x.size for path, x in shapes.items()}
+  return 4 * sum(x.size for p, x in shapes.items() if p.startswith(prefixes))
 
 
-def test_a_plain_step_reads_every_weight_and_the_cache_once():
+def cache(rows, length):
+  """Bytes of keys and values of two layers with two heads of 8."""
+  return rows * length * 2 * 2 * 2 * 8 * 4
+
+
+DECODER = ("embed", "blocks", "final_norm", "head")
+
+
+def test_a_plain_step_reads_every_weight_of_its_own_and_the_cache_once():
   model = make()
-  # Keys and values of two layers, of 30 tokens a row.
-  cache = lambda rows, length: rows * length * 2 * 2 * 2 * 8 * 4
-  held = 4 * sum(count(model).values())
-  assert limits.of_step(model, NoDraft(), 1, 30).bytes == held + cache(1, 30)
-  assert limits.of_step(model, NoDraft(), 3, 30).bytes == held + cache(3, 30)
+  plain = Decoder(model, NoDraft())
+  read = num_bytes(model, *DECODER)
+  assert read < num_bytes(model, "")  # the streams are not
+  assert limits.of_step(plain, 1, 30).bytes == read + cache(1, 30)
+  assert limits.of_step(plain, 3, 30).bytes == read + cache(3, 30)
   untied = make(tie_embeddings=False)
-  held = 4 * sum(count(untied).values())
-  looked_up = 4 * 64 * 32  # a row of it
-  found = limits.of_step(untied, NoDraft(), 1, 30)
-  assert found.bytes == held - looked_up + cache(1, 30)
+  read = num_bytes(untied, "blocks", "final_norm", "head")
+  found = limits.of_step(Decoder(untied, NoDraft()), 3, 30)
+  assert found.bytes == read + 3 * 32 * 4 + cache(3, 30)  # of three tokens
 
 
-def test_nodes_cost_products_and_no_bytes():
+def test_nodes_cost_products_and_hardly_bytes():
   model = make()
-  plain = limits.of_step(model, NoDraft(), 1, 30)
+  plain = limits.of_step(Decoder(model, NoDraft()), 1, 30)
   tree = StreamDraft(TreeSpec("best_first", 4))
-  found = limits.of_step(model, tree, 1, 30)
-  assert found.bytes == plain.bytes
+  found = limits.of_step(Decoder(model, tree), 1, 30)
+  assert found.bytes == plain.bytes + num_bytes(model, "streams/embed")
   assert 4 * plain.flops < found.flops < 12 * plain.flops
+
+
+def test_a_drafters_own_weights_are_read():
+  none = StreamConfig(num_streams=0, num_stream_layers=1, prune_rank=0)
+  model = make(streams=none, drafter=DrafterConfig("medusa"))
+  plain = limits.of_step(Decoder(model, NoDraft()), 1, 30)
+  heads = MedusaDraft(TreeSpec("best_first", 4))
+  found = limits.of_step(Decoder(model, heads), 1, 30)
+  own = num_bytes(model, "drafter/")
+  assert own and found.bytes == plain.bytes + own
 
 
 def test_the_limit_is_the_slower_of_two():
@@ -62,6 +87,19 @@ def test_the_limit_is_the_slower_of_two():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_device_has_rates(dtype):
-  rates = limits.of_device(dtype, size=2**22)
-  assert all(x > 1e6 for x in dataclasses.astuple(rates))
+def test_rates_are_of_the_best_of_five(monkeypatch, dtype):
+  """A clock that goes on by 1, 9, 2, 7, 3 and 8 seconds from call to call."""
+  ticks, now = itertools.cycle((1, 9, 2, 7, 3, 8)), [0.0]
+
+  def clock():
+    clock.calls += 1
+    if clock.calls % 2 == 0:  # the end of a call
+      now[0] += next(ticks)
+    return now[0]
+
+  clock.calls = 0
+  monkeypatch.setattr(limits.time, "perf_counter", clock)
+  rates = limits.of_device.__wrapped__(dtype, size=2**22)
+  # The first, which compiles, does not count.
+  assert rates.read == 2**22 / 2 and rates.copy == 2 * 2**22 / 2
+  assert rates.matrix == 2 * 2048**3 / 2

@@ -458,22 +458,28 @@ def test_what_is_laid_out_is_the_same_model(tied, x64, monkeypatch):
     qkv_bias=True,
     dtype="float64",
     param_dtype="float64",
+    streams=StreamConfig(2, 1, mode="lossless", lora_rank=2),
   )
-  model = weights.to_model(config, weights.init(config, 0))
-  small = transformer.for_decoding(model)  # nothing to gain
-  assert not small.embed.out_first
-  assert small.blocks[0].ffw.down.kernel.shape == (24, 16)
+  values = weights.init(config, 0)
+  rng = np.random.default_rng(0)
+  for path, x in values.items():
+    if path.endswith("lora_b"):  # zero at the start
+      values[path] = jnp.asarray(rng.normal(size=x.shape))
+  model = weights.to_model(config, values)
+  assert transformer.for_decoding(model) is model  # nothing to gain
   monkeypatch.setattr(lora, "_LARGE", 0)
   laid = transformer.for_decoding(model)
   assert transformer.for_decoding(laid) is laid
-  assert laid.embed.out_first and not model.embed.out_first
+  assert laid.embed.out_first == tied and not model.embed.out_first
+  assert tied or laid.head.kernel.shape == (19, 16)
   assert laid.blocks[0].ffw.down.kernel.shape == (16, 24)
   assert model.blocks[0].ffw.down.kernel.shape == (24, 16)
-  tokens = np.random.default_rng(0).integers(0, 19, (2, 7))
+  tokens = rng.integers(0, 19, (2, 7))
   args = tokens, np.arange(7)[None].repeat(2, 0), causal_mask(tokens * 0 + 1)
-  logits = lambda model: model.logits(
-    forward(model, *args, streams=transformer.ALL).main
-  )
-  np.testing.assert_allclose(
-    logits(laid), logits(model), rtol=1e-11, atol=1e-11
-  )
+
+  def logits(model):
+    out = forward(model, *args, streams=transformer.ALL)
+    return [model.logits(x) for x in (out.main, out.streams[:, :, 0])]
+
+  for got, right in zip(logits(laid), logits(model), strict=True):
+    np.testing.assert_allclose(got, right, rtol=1e-11, atol=1e-11)

@@ -1,6 +1,6 @@
 """What the ablations share: at `small` scale one target, made on the spot.
 
-The target has 2.2 M weights (4 layers; 4.2 M with 8) and is trained on E2E-NLG
+The target has 1.8 M weights (4 layers; 3.4 M with 8) and is trained on E2E-NLG
 as a plain decoder, then frozen; streams are tuned beside it with adapters. At
 `paper` scale it is the checkpoint of --config.model.checkpoint.
 """

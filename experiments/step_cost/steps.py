@@ -17,10 +17,20 @@ import sys
 import jax
 import numpy as np
 
-from spec_stream import UserError, bench, bench_rows, limits, metrics, weights
+from spec_stream import (
+  UserError,
+  bench,
+  bench_rows,
+  compile_check,
+  limits,
+  metrics,
+  weights,
+)
+from spec_stream.decode import Decoder
 from spec_stream.drafters.streams import StreamDraft
 from spec_stream.models.config import ModelConfig, StreamConfig
 from spec_stream.models.prune import Prune
+from spec_stream.models.transformer import for_decoding
 from spec_stream.text_table import table
 from spec_stream.tree import TreeSpec
 
@@ -38,28 +48,8 @@ SHAPES = {
     ffw_dim=2048,
     streams=_STREAMS,
   ),
-  "1.3b": ModelConfig(
-    vocab_size=32000,
-    width=2048,
-    num_layers=24,
-    num_heads=32,
-    num_kv_heads=32,
-    head_dim=64,
-    ffw_dim=5504,
-    tie_embeddings=False,
-    dtype="bfloat16",
-    param_dtype="bfloat16",
-    streams=_STREAMS,
-  ),
   "7b": ModelConfig(
-    vocab_size=32000,
-    width=4096,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=32,
-    head_dim=128,
-    ffw_dim=11008,
-    tie_embeddings=False,
+    **compile_check.SHAPES["llama2_7b"],
     dtype="bfloat16",
     param_dtype="bfloat16",
     streams=dataclasses.replace(_STREAMS, num_stream_layers=4),
@@ -78,6 +68,7 @@ SHAPES = {
 
 def measure(model, prompts, drafters, settings) -> list[dict]:
   """Rows of `bench`, with what `limits` knows of a step."""
+  model = for_decoding(model)  # once, not for each method
   methods = bench.plan(model.config, drafters)
   results = bench.measure(model, prompts, methods, settings)
   about = {"dataset": "random", "device": jax.devices()[0].device_kind}
@@ -85,7 +76,8 @@ def measure(model, prompts, drafters, settings) -> list[dict]:
   best = limits.of_device(model.config.dtype)
   length = len(prompts[0]) + settings.max_new_tokens // 2
   for row, result in zip(rows, results, strict=True):
-    need = limits.of_step(model, result.drafter, settings.batch, length=length)
+    decoder = Decoder(model, result.drafter)
+    need = limits.of_step(decoder, settings.batch, length)
     row |= need.fields(best, row["step_ms"] / 1e3)
     row |= {"mb": need.bytes / 1e6, "gflop": need.flops / 1e9}
   return rows

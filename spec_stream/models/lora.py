@@ -127,7 +127,7 @@ class Linear(nnx.Module):
       scale = self.kernel_scale[...]
       kernel = self.kernel[...].reshape(x.shape[-1], -1)
       scale = scale.reshape(len(scale), -1)
-      y = x @ quant.dequantise(kernel, scale, x.dtype)
+      y = matmul(x, quant.dequantise(kernel, scale, x.dtype))
       y = y.reshape(batch, rows, *self.outputs)
     if self.bias is not None:
       y = y + self.bias[...].astype(y.dtype)
@@ -153,11 +153,15 @@ class Linear(nnx.Module):
     self.kernel = nnx.Param((kernel.astype(wide) + delta).astype(kernel.dtype))
     self.lora_a = self.lora_b = None
 
+  @property
+  def gains(self) -> bool:
+    """Whether `lay_out` is to be called on a CPU."""
+    quantised = self.kernel_scale is not None
+    return not (self.out_first or quantised) and is_large(self.kernel[...])
+
   def lay_out(self):
-    """Puts the kernel as products on a CPU want it."""
+    """Puts the outputs of the kernel first."""
     kernel = self.kernel[...]
-    if self.out_first or self.kernel_scale is not None or not is_large(kernel):
-      return
     size = math.prod(self.inputs)
     flat = jnp.moveaxis(kernel.reshape(size, *self.outputs), 0, -1)
     self.kernel, self.out_first = nnx.Param(flat), True

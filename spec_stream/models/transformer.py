@@ -100,7 +100,6 @@ class Transformer(nnx.Module):
     prunes = some and streams.prune_rank > 0
     self.pruner = Pruner(config, rngs=rngs) if prunes else None
     self.drafter = nnx.data(None)  # weights of a drafter: see `weights`
-    self.laid_out = False  # see `lay_out`
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """Final-normed hidden [B, R, D] -> logits [B, R, V], float32 or wider."""
@@ -328,14 +327,22 @@ def for_decoding(model: Transformer) -> Transformer:
 
 def lay_out(model: Transformer) -> Transformer:
   """A copy with its kernels as this device's products of few rows want them,
-  which costs the memory of the large ones once more; the model itself but on a
-  CPU."""
+  which costs the memory of the large ones once more; the model itself where
+  none gains by it, as on any device but a CPU."""
   table = model.embed.table[...]
-  if model.laid_out or not on_cpu(table):
+  if not on_cpu(table):
+    return model
+  large = lambda model: [
+    linear
+    for linear in _linears(model) + ([model.head] if model.head else [])
+    if linear.gains
+  ]
+  tied = model.head is None and is_large(table)
+  if not large(model) and model.embed.out_first == tied:
     return model
   model = nnx.clone(model)
-  model.laid_out, model.embed.out_first = True, is_large(table)
-  for linear in _linears(model) + ([model.head] if model.head else []):
+  model.embed.out_first = tied
+  for linear in large(model):
     linear.lay_out()
   return model
 
