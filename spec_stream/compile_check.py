@@ -217,13 +217,21 @@ def _advice(row: dict, of: roofline.Chip, ways: str) -> str:
   )
 
 
+# How the TPU compiler says so.
+_SIZE = r"([\d.]+[KMGT]?)"
+_USED = (
+  re.compile(rf"Used {_SIZE} of {_SIZE} hbm"),
+  re.compile(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)"),
+)
+
+
 def _too_large(error: Exception, of: roofline.Chip, ways: str) -> dict:
   """A row for a program that the compiler refused for its size.
 
   Raises: the error, if it was of another kind.
   """
   text = " ".join(str(error).split())
-  found = re.search(r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm", text)
+  found = next(filter(None, (form.search(text) for form in _USED)), None)
   if "RESOURCE_EXHAUSTED" not in text or not found:
     raise error
   used, limit = found.groups()

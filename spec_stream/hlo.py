@@ -126,11 +126,8 @@ class Program:
     return total
 
   def _within(self, i: Instruction):
-    """What a custom fusion holds; a collective may be. A TPU's program starts
-    it in one, ends it in another, and names it once more in each fusion that
-    runs meanwhile, in other loops too: the first alone counts."""
-    starts = "kind=kCustom" in i.rest and "done" not in i.name
-    called = i.called("calls") if starts else ""
+    """What a fusion that starts a collective holds; else nothing."""
+    called = i.called("calls") if _starts(i) else ""
     return self.computations.get(called, {}).values()
 
   def _turns(self, loop: Instruction, around) -> int:
@@ -199,30 +196,48 @@ class Program:
       for x in inside.values()
       if x.op == "parameter"
     }
-    total = 0
+    theirs = [x for x in inside.values() if collective(x)]
+    if theirs and "kind=kCustom" in i.rest:
+      return sum(self._moved(x, inside) for x in theirs) * _starts(i)
+    # One that runs while they are under way hands their arrays on.
+    under_way, total = {x.name for x in theirs}, 0
     for at, shape in enumerate(shapes):
       if _large(shape) and not shape.startswith("("):
-        total += min(_read(parameters[at].name, inside), _size(shape))
+        read = _read(parameters[at].name, inside, under_way)
+        total += min(read, _size(shape))
     (root,) = (x for x in inside.values() if x.root)
     many = root.op == "tuple"
     results = [inside[n] for n in root.operands] if many else [root]
     for result, (size, large) in zip(results, _arrays(i.shape)):
       while result.op == "bitcast":
         result = inside[result.operands[0]]
+      if result.op == "parameter" or result.name in under_way:
+        continue
       if result.op in _UPDATES:
         size = _size(inside[result.operands[_UPDATES[result.op]]].shape)
       total += size * large
     return total
 
 
-def _read(name: str, inside: dict[str, Instruction]) -> int:
+def _starts(i: Instruction) -> bool:
+  """Whether a fusion starts the collective that it holds, if it does. A TPU's
+  program starts it in one, ends it in another, and names it once more in each
+  that runs meanwhile, in other loops too: the first alone counts."""
+  return "kind=kCustom" in i.rest and "done" not in i.name
+
+
+def _read(
+  name: str, inside: dict[str, Instruction], under_way: set[str]
+) -> int:
   """Bytes of a fusion's parameter that its computation reads."""
   total = 0
   for user in inside.values():
-    if name not in user.operands:
+    if name not in user.operands or user.name in under_way:
+      continue
+    if user.op == "tuple":  # handed on
       continue
     if user.op == "bitcast":
-      total += _read(user.name, inside)
+      total += _read(user.name, inside, under_way)
     elif user.op in _SLICES and user.operands[0] == name:
       total += _size(user.shape)
     elif user.op not in _UPDATES or user.operands[0] != name:

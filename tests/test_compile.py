@@ -205,6 +205,13 @@ def test_the_table_and_the_advice():
   assert found["advice"] == (
     "the compiler used 20.1G of 15.75G a chip; lower --batch"
   )
+  error = RuntimeError(
+    "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, "
+    "the total memory required for HLO temporaries (33.92G) exceeds available "
+    "HBM (15.75G). HLO module: jit__prefill."
+  )
+  found = compile_check._too_large(error, chip, "lower --batch")
+  assert found["advice"].startswith("the compiler used 33.92G of 15.75G a chip")
   with pytest.raises(RuntimeError, match="a bug"):
     compile_check._too_large(RuntimeError("a bug"), chip, "")
 

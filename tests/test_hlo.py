@@ -229,6 +229,46 @@ ENTRY %main (a: f32[8], i: s32[]) -> f32[8] {
 """
   found = hlo.Program(text).traffic("main")
   assert found.collectives == (("reduce-scatter", 1, 16),)
-  # The fusion's 8 and 4, which two more read; the call's 8 and 2 times two; of
-  # the slice its 3.
-  assert found.bytes == 4 * (8 + 4 + 4 + 4 + 8 + 4 + 3)
+  # The fusion's 8 and 4; the call's 8 and 2 times two; of the slice its 3.
+  assert found.bytes == 4 * (8 + 4 + 8 + 4 + 3)
+
+
+def test_a_fusion_moves_nothing_of_a_collective_that_is_under_way():
+  text = """
+%start (x: f32[8]) -> (f32[8], f32[32]) {
+  %x = f32[8]{0} parameter(0)
+  %g = f32[32]{0} all-gather(%x), dimensions={0}
+  ROOT %t = (f32[8]{0}, f32[32]{0}) custom-call(%x, %g)
+}
+
+%meanwhile (x: f32[8], y: f32[32], z: f32[2]) -> (f32[2], f32[8], f32[32]) {
+  %x = f32[8]{0} parameter(0)
+  %y = f32[32]{0} parameter(1)
+  %z = f32[2]{0} parameter(2)
+  %g = f32[32]{0} all-gather(%x), dimensions={0}
+  %n = f32[2]{0} negate(%z)
+  ROOT %t = (f32[2]{0}, f32[8]{0}, f32[32]{0}, f32[32]{0}) tuple(%n, %x, %y, %g)
+}
+
+%done (x: f32[8], y: f32[32]) -> f32[32] {
+  %x = f32[8]{0} parameter(0)
+  %y = f32[32]{0} parameter(1)
+  %g = f32[32]{0} all-gather(%x), dimensions={0}
+  ROOT %c = f32[32]{0} custom-call(%x, %y, %g)
+}
+
+ENTRY %main (a: f32[8], b: f32[2]) -> f32[32] {
+  %a = f32[8]{0} parameter(0)
+  %b = f32[2]{0} parameter(1)
+  %s = (f32[8]{0}, f32[32]{0}) fusion(%a), kind=kCustom, calls=%start
+  %s0 = f32[8]{0} get-tuple-element(%s), index=0
+  %s1 = f32[32]{0} get-tuple-element(%s), index=1
+  %m = (f32[2], f32[8], f32[32], f32[32]) fusion(%s0, %s1, %b), calls=%meanwhile
+  %s2 = f32[8]{0} get-tuple-element(%m), index=1
+  %s3 = f32[32]{0} get-tuple-element(%m), index=3
+  ROOT %the-done = f32[32]{0} fusion(%s2, %s3), kind=kCustom, calls=%done
+}
+"""
+  found = hlo.Program(text).traffic("main")
+  assert found.collectives == (("all-gather", 1, 128),)
+  assert found.bytes == 4 * (8 + 32 + 2 + 2)
