@@ -1,7 +1,7 @@
 """Times decoding with drafts against plain decoding of the same weights.
 
   launch/benchmark.py --workdir=runs/e2e --drafters=none,streams \\
-    --tree_nodes=4,8,16 [--prompts=64 --batch=1 --repeats=1]
+    --tree_nodes=4,8,16 [--prompts=64 --batch=1 --repeats=1 --roofline]
   launch/benchmark.py --workdir=runs/base \\
     --drafters=prompt_lookup,medusa=runs/medusa,eagle=runs/eagle
   launch/benchmark.py --checkpoint=vicuna --workdir=runs/vicuna_speed \\
@@ -72,6 +72,13 @@ _EXPLAIN = flags.DEFINE_bool(
   "part, both tokens, how close they are, and what plain decoding itself gives "
   "there through matrices of other shapes. Writes <workdir>/differences.jsonl.",
 )
+_ROOFLINE = flags.DEFINE_bool(
+  "roofline",
+  False,
+  "Hold each step against what it must read and multiply, at the rates that "
+  "this device is measured at, and say where its time goes (from a profile of "
+  "one batch more).",
+)
 _checkpoint = drafting.define_checkpoint()
 _sampling = drafting.define_sampling()
 flags.mark_flag_as_required("workdir")
@@ -82,6 +89,7 @@ def main(argv):
     bench,
     bench_rows,
     explain,
+    limits,
     metrics,
     rivals,
     task,
@@ -102,6 +110,10 @@ def main(argv):
   if _QUESTIONS.value and flags.FLAGS["split"].present:
     raise common.UserError(
       "--split is of a run's task: leave it or --questions"
+    )
+  if _ROOFLINE.value and settings.refill:
+    raise common.UserError(
+      "--roofline is of steps, which --refill does not time apart: leave one"
     )
   source, automatic = _checkpoint(), drafting.is_automatic()
   if automatic and source["checkpoint"]:
@@ -161,9 +173,13 @@ def main(argv):
   if costs and not settings.refill:  # predictions leave prefills out
     for row, result in zip(rows, results, strict=True):
       row |= costs.fields(result.drafter)
+  if _ROOFLINE.value:
+    limits.add(rows, results, run.model, prompts, settings)
   workdir.mkdir(parents=True, exist_ok=True)
   metrics.append_jsonl(workdir / "results.jsonl", rows)
   print(text_table.render(rows))
+  if _ROOFLINE.value:
+    print(limits.render(rows))
   if _QUESTIONS.value and (drafters or automatic):
     print(text_table.by_category(results, [p.category for p in chosen]))
   print(bench_rows.note(rows))

@@ -9,13 +9,18 @@ import dataclasses
 import functools
 import math
 import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from spec_stream import decode, roofline
+from spec_stream import decode, roofline, stages
 from spec_stream import step as steps
+from spec_stream.bench import Measured, Settings
+from spec_stream.models.transformer import Transformer, for_decoding
+from spec_stream.text_table import table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,3 +127,90 @@ def _read(weight, jaxpr) -> int:
           return size(weight)
         total += size(equation.outvars[0])
   return total
+
+
+# -- rows of a benchmark -----------------------------------------------------
+
+
+def add(
+  rows: Sequence[dict],
+  results: Sequence[Measured],
+  model: Transformer,
+  prompts: Sequence[Sequence[int]],
+  settings: Settings,
+  with_stages: bool = True,
+) -> None:
+  """Adds to rows of `bench_rows` what their step needs, what this device does
+  at best, the share reached, and (`stage_ms`) where the time goes.
+
+  A row that made no step stays as it is. Not of results with `refill`, whose
+  steps are not timed apart.
+  """
+  model = for_decoding(model)  # once, not for each method
+  rates = of_device(model.config.dtype)
+  for row, result in zip(rows, results, strict=True):
+    if not row["step_ms"]:
+      continue
+    decoder = decode.Decoder(model, result.drafter, result.method.own)
+    lengths = [
+      len(prompt) + len(made.token_ids) / 2
+      for prompt, made in zip(prompts, result.generations, strict=True)
+    ]
+    need = of_step(decoder, settings.batch, round(np.mean(lengths)))
+    row |= need.fields(rates, row["step_ms"] / 1e3)
+    row["length"] = float(np.mean(lengths))
+    if with_stages:
+      few = prompts[: settings.batch]
+      options = settings.options(settings.seeds(len(few)))
+      row["stage_ms"] = stages.milliseconds(decoder, few, **options)
+
+
+_COLUMNS = {
+  "method": "{method}",
+  "nodes": "{tree_nodes}",
+  "kept": "{kept_nodes}",
+  "batch": "{batch}",
+  "length": "{length:.0f}",
+  "ms a step": "{step_ms:.2f}",
+  "plain steps": "{step_cost:.2f}",
+  "MB to read": "{megabytes:.0f}",
+  "GFLOP": "{gflop:.2f}",
+  "of read rate": "{read_share:.0%}",
+  "of matrix rate": "{matrix_share:.0%}",
+  "limit, ms": "{limit_ms:.2f}",
+}
+
+
+def render(rows: Sequence[dict]) -> str:
+  """Of rows as `add` left them: steps against their limits, then their time by
+  stage, if it is known."""
+  rows = [
+    row
+    | {"megabytes": row["step_bytes"] / 1e6, "gflop": row["step_flops"] / 1e9}
+    for row in rows
+    if "limit_ms" in row
+  ]
+  if not rows:
+    return "no step was made: nothing to hold against the limits"
+  columns = {n: [f.format(**row) for row in rows] for n, f in _COLUMNS.items()}
+  if not any(row["kept_nodes"] for row in rows):
+    del columns["kept"]
+  best = rows[0]
+  lines = [
+    table(columns, ("method",)),
+    f"measured here: {best['read_rate'] / 1e9:.1f} GB/s read, "
+    f"{best['copy_rate'] / 1e9:.1f} copied, "
+    f"{best['matrix_rate'] / 1e9:.0f} GFLOP/s",
+  ]
+  timed = [row for row in rows if row.get("stage_ms")]
+  if timed:
+    names = sorted({name for row in timed for name in row["stage_ms"]})
+    columns = {"ms a step": [*names, "all"]}
+    for row in timed:
+      times = row["stage_ms"]
+      cells = [f"{times.get(name, 0):.2f}" for name in names]
+      title = "{method}, {tree_nodes} nodes".format(**row)
+      title += f", {row['kept_nodes']} kept" if row["kept_nodes"] else ""
+      columns[title] = [*cells, f"{sum(times.values()):.2f}"]
+    lines += ["", table(columns, ("ms a step",))]
+  return "\n".join(lines)

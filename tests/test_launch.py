@@ -364,13 +364,18 @@ def benchmarked(folder):
         [*MEASURE, "--tree=auto", "--kept_nodes=2"],
         "",
       ),
+      "which --refill does not time apart": (
+        [*MEASURE, "--roofline", "--refill"],
+        "",
+      ),
       "--accept is not for plain decoding": (
         [*MEASURE, "--drafters=none", "--accept=typical"],
         "",
       ),
       "typical": (
         ["--workdir=lossy", "--max_new_tokens=9", "--prompts=2"]
-        + ["--accept=typical", "--temperature=1.5", "--tree_nodes=3"],
+        + ["--accept=typical", "--temperature=1.5", "--tree_nodes=3"]
+        + ["--roofline"],
         "",
       ),
       "wrong": (
@@ -450,6 +455,20 @@ def test_benchmark_marks_what_is_not_lossless(folder, benchmarked):
   assert all(r["lossless"] and r["accept"] == "exact" for r in plain)
   trace = json.loads((folder / "lossy" / "trace.json").read_text())
   assert trace["lossless"] is False
+
+
+def test_benchmark_holds_steps_against_their_limits(folder, benchmarked):
+  lines = (folder / "lossy" / "results.jsonl").read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
+  assert len(rows) == 4  # plain with and without streams, its twin, streams
+  plain, tree = rows[0], rows[-1]
+  assert tree["step_flops"] > plain["step_flops"]
+  for row in rows:
+    assert row["limit_ms"] <= row["step_ms"] and 0 < row["read_share"] < 1
+    assert {"verify/ffw", "verify/head", "accept"} <= set(row["stage_ms"])
+  assert "draft" in tree["stage_ms"] and "draft" not in plain["stage_ms"]
+  assert "measured here" in benchmarked["typical"].out
+  assert "streams, 3 nodes" in benchmarked["typical"].out
 
 
 def test_benchmark_puts_what_was_predicted_beside(folder, benchmarked):

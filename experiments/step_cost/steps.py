@@ -1,7 +1,7 @@
 """What a verify step costs, in plain steps, and how near both are to the limit.
 
   python experiments/step_cost/steps.py [--shape=86m] [--nodes=4,8,16]
-    [--lengths=100] [--batch=1] [--kept=0] [--out=F.jsonl]
+    [--lengths=100] [--batch=1] [--kept=0] [--stages] [--out=F.jsonl]
 
 A model of random weights decodes random prompts, plainly and with drafts, in
 turns within one process (`spec_stream.bench`): what a step costs does not
@@ -26,12 +26,10 @@ from spec_stream import (
   metrics,
   weights,
 )
-from spec_stream.decode import Decoder
 from spec_stream.drafters.streams import StreamDraft
 from spec_stream.models.config import ModelConfig, StreamConfig
 from spec_stream.models.prune import Prune
 from spec_stream.models.transformer import for_decoding
-from spec_stream.text_table import table
 from spec_stream.tree import TreeSpec
 
 _STREAMS = StreamConfig(
@@ -66,37 +64,15 @@ SHAPES = {
 }
 
 
-def measure(model, prompts, drafters, settings) -> list[dict]:
+def measure(model, prompts, drafters, settings, with_stages) -> list[dict]:
   """Rows of `bench`, with what `limits` knows of a step."""
   model = for_decoding(model)  # once, not for each method
   methods = bench.plan(model.config, drafters)
   results = bench.measure(model, prompts, methods, settings)
   about = {"dataset": "random", "device": jax.devices()[0].device_kind}
   rows = bench_rows.rows(model, prompts, results, settings, about)
-  best = limits.of_device(model.config.dtype)
-  length = len(prompts[0]) + settings.max_new_tokens // 2
-  for row, result in zip(rows, results, strict=True):
-    decoder = Decoder(model, result.drafter)
-    need = limits.of_step(decoder, settings.batch, length)
-    row |= need.fields(best, row["step_ms"] / 1e3)
-    row |= {"mb": need.bytes / 1e6, "gflop": need.flops / 1e9}
+  limits.add(rows, results, model, prompts, settings, with_stages)
   return rows
-
-
-_COLUMNS = {
-  "method": "{method}",
-  "nodes": "{tree_nodes}",
-  "kept": "{kept_nodes}",
-  "length": "{length}",
-  "batch": "{batch}",
-  "ms a step": "{step_ms:.2f}",
-  "plain steps": "{step_cost:.2f}",
-  "MB to read": "{mb:.0f}",
-  "GFLOP": "{gflop:.2f}",
-  "of read rate": "{read_share:.0%}",
-  "of matrix rate": "{matrix_share:.0%}",
-  "limit, ms": "{limit_ms:.2f}",
-}
 
 
 def main(argv: list[str]) -> int:
@@ -110,6 +86,9 @@ def main(argv: list[str]) -> int:
   parser.add_argument("--batch", type=int, default=1)
   parser.add_argument("--new", type=int, default=48, help="tokens to decode")
   parser.add_argument("--prompts", type=int, default=5)
+  parser.add_argument(
+    "--stages", action="store_true", help="where the time goes, by named scopes"
+  )
   parser.add_argument("--out", default="", help=".jsonl file to add rows to")
   args = parser.parse_args(argv)
   numbers = lambda text: [int(x) for x in text.split(",")]
@@ -127,18 +106,9 @@ def main(argv: list[str]) -> int:
   for length in numbers(args.lengths):
     size = (args.prompts * args.batch, length)
     prompts = rng.integers(1, config.vocab_size, size).tolist()
-    for row in measure(model, prompts, drafters, settings):
-      rows.append(row | {"length": length, "shape": args.shape})
-  columns = {
-    name: [form.format(**row) for row in rows]
-    for name, form in _COLUMNS.items()
-  }
-  print(table(columns, ("method",)))
-  best = limits.of_device(config.dtype)
-  print(
-    f"measured here: {best.read / 1e9:.1f} GB/s read, "
-    f"{best.matrix / 1e9:.0f} GFLOP/s"
-  )
+    for row in measure(model, prompts, drafters, settings, args.stages):
+      rows.append(row | {"shape": args.shape})
+  print(limits.render(rows))
   if args.out:
     metrics.append_jsonl(args.out, rows)
   return 0

@@ -1,0 +1,37 @@
+"""Whose time it is: the scope of each operation of the decoding loop."""
+
+import dataclasses
+
+import tiny
+
+from spec_stream import NoDraft, stages, weights
+from spec_stream.decode import Decoder
+
+
+def test_an_operation_without_a_name_is_of_what_reads_it():
+  text = """
+%body (s: f32[4]) -> f32[4] {
+  %s = f32[4]{0} parameter(0)
+  %d = f32[4]{0} dot(%s, %s)
+  %q = f32[4]{0} add(%d, %s), metadata={op_name="x/while/body/verify/qkv/add"}
+  %v = f32[4]{0} add(%q, %s), metadata={op_name="x/while/body/verify/add"}
+  ROOT %r = f32[4]{0} add(%v, %s), metadata={op_name="x/while/body/draft/add"}
+}
+"""
+  assert stages.scopes(text) == {
+    "d": "verify/qkv",
+    "q": "verify/qkv",
+    "v": "verify",
+    "r": "draft",
+    "s": "verify/qkv",
+  }
+
+
+def test_time_goes_to_the_scope_of_what_it_was_spent_for():
+  config = dataclasses.replace(tiny.MODEL, vocab_size=64)
+  model = weights.to_model(config, weights.init(config, 0))
+  decoder = Decoder(model, NoDraft())
+  found = stages.milliseconds(decoder, [[5, 6], [7]], max_new_tokens=9)
+  assert {"verify/ffw", "verify/attend", "commit"} <= set(found)
+  assert all(ms > 0 for ms in found.values())
+  assert stages.milliseconds(decoder, [[5, 6]], max_new_tokens=1) == {}
