@@ -36,7 +36,16 @@ _REFUSED = (
 
 def run(main):
   """Parses the flags and calls `main(argv)`; exits with its return value."""
+  keep_programs(os.environ)
   app.run(lambda argv: _guard(main, argv), flags_parser=_parse)
+
+
+def keep_programs(environ):
+  """Compiled programs are kept for the next call, in the user's cache folder;
+  before jax is imported. JAX's own variables say where else, or not at all."""
+  cache = environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+  place = os.path.join(cache, "spec_stream", "programs")
+  environ.setdefault("JAX_COMPILATION_CACHE_DIR", place)
 
 
 def _guard(function, *args):

@@ -38,6 +38,16 @@ TARGET_HELP = (
 )
 
 
+# For libtpu: there is no TPU to ask, nor one that two processes may not hold;
+# the kind and the host are what it would else look for, and complain.
+_NO_TPU = {
+  "TPU_SKIP_MDS_QUERY": "1",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+
 def make_mesh(target: str, sizes: tuple[int, int, int] | None = None) -> Mesh:
   """A mesh of the target's devices, with the axes of the library.
 
@@ -49,14 +59,17 @@ def make_mesh(target: str, sizes: tuple[int, int, int] | None = None) -> Mesh:
   if target == "cpu":
     devices = jax.devices("cpu")
   elif target.startswith("tpu:"):
-    # There is no TPU to ask, nor one to run constants on.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    # Several may compile at a time: nothing here holds a chip.
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    for name, value in _NO_TPU.items():
+      os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cpu")
+    # What is compiled for devices that are not here cannot be loaded again.
+    jax.config.update("jax_enable_compilation_cache", False)
+    name = target.removeprefix("tpu:")
+    # JAX wants one device a chip; by default a v4 has one for each core.
+    cores = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
     try:
       topology = topologies.get_topology_desc(
-        platform="tpu", topology_name=target.removeprefix("tpu:")
+        platform="tpu", topology_name=name, **cores
       )
     except Exception as e:  # libtpu raises what it likes
       reason = " ".join(str(e).split())[:200]

@@ -12,6 +12,8 @@ step_ms, step_cost  one call of the compiled loop; in steps of the baseline
                     (not with refill, whose loop does prefills as well)
 draft_ms            one draft alone, in a loop of nothing else; draft_share: of
                     a step
+compile_seconds     first call of each shape less a second one; where programs
+                    are kept (JAX_COMPILATION_CACHE_DIR), of those not found
 extra_params        weights beyond those of a plain decoder
 """
 

@@ -12,6 +12,9 @@ os.environ.setdefault(
   "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
 )
 
+# A program that a former run left would hide that it no longer compiles.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")
+
 import hypothesis
 import jax
 import pytest

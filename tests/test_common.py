@@ -37,6 +37,9 @@ def main(argv):
     # Whatever runs in the background may have it switched off.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.kill(os.getpid(), signal.SIGINT)
+  if name == "compile":
+    import jax
+    jax.jit(lambda x: x * 3 + 1)(2.0)
   if name == "code":
     return 7
   config = flags.FLAGS.config
@@ -64,15 +67,29 @@ def folder(tmp_path_factory):
   return path
 
 
-def call(folder, *args):
+def call(folder, *args, **environ):
   return subprocess.run(
     [sys.executable, "thing.py", *args],
     cwd=folder,
     capture_output=True,
     text=True,
     timeout=60,
-    env={**os.environ, "PYTHONWARNINGS": "ignore"},
+    env={**os.environ, "PYTHONWARNINGS": "ignore", **environ},
   )
+
+
+def test_programs_are_kept_for_the_next_call(folder, tmp_path):
+  some = {
+    "XDG_CACHE_HOME": str(tmp_path),
+    "JAX_ENABLE_COMPILATION_CACHE": "1",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+  }
+  place = tmp_path / "spec_stream" / "programs"
+  off = call(folder, "--name=compile", **some, JAX_COMPILATION_CACHE_DIR="")
+  assert off.returncode == 0 and not place.exists()
+  done = call(folder, "--name=compile", **some)
+  assert done.returncode == 0, done.stderr
+  assert list(place.iterdir())
 
 
 @pytest.mark.parametrize(
