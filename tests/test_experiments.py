@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import importlib.util
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -317,6 +318,24 @@ def test_steps_are_measured_against_their_limits(tmp_path, capsys):
   plain, _, whole, pruned = (r["step_flops"] for r in rows)
   assert plain < pruned < whole
   assert all(0 < r["read_share"] and r["identical"] == 1 for r in rows)
+
+
+@pytest.mark.slow
+def test_what_is_for_a_gpu_runs_in_small(tmp_path):
+  command = [ROOT / "experiments" / "gpu" / "run.sh", tmp_path / "o", "--tiny"]
+  environ = {**os.environ, "PYTHON": sys.executable}
+  done = subprocess.run(command, capture_output=True, text=True, env=environ)
+  assert done.returncode == 0, done.stdout + done.stderr
+  read = lambda name: [
+    json.loads(line) for line in (tmp_path / "o" / name).open()
+  ]
+  names = ["device", "steps-tiny", "train", "benchmark"]
+  assert [x["stage"] for x in read("stages.jsonl")] == names
+  assert all(x["exit_code"] == 0 for x in read("stages.jsonl"))
+  assert all(x["identical"] in (1, None) for x in read("results.jsonl"))
+  assert [x["tree_nodes"] for x in read("steps.jsonl")] == [1, 1, 4, 8]
+  wrong = subprocess.run(command[:1], capture_output=True, text=True)
+  assert wrong.returncode == 2 and wrong.stderr.startswith("usage: ")
 
 
 def test_products_are_timed_each_way(monkeypatch, capsys):

@@ -1,0 +1,83 @@
+"""What a GPU may do otherwise than a CPU. JAX_PLATFORMS=cuda pytest -m gpu"""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from spec_stream import (
+  NoDraft,
+  StreamDraft,
+  TreeSpec,
+  bench,
+  bench_rows,
+  decode,
+  hlo,
+  weights,
+)
+from spec_stream.models.prune import Prune
+from spec_stream.models.transformer import causal_mask, forward
+
+pytestmark = pytest.mark.gpu
+WIDE = dict(vocab_size=96, width=128, head_dim=32, ffw_dim=256)
+
+
+def make(**changes):
+  config = dataclasses.replace(tiny.MODEL, **{**WIDE, **changes})
+  return weights.to_model(config, weights.init(config, 0))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_drafts_change_no_token(dtype, temperature):
+  model = make(dtype=dtype)
+  rng = np.random.default_rng(0)
+  prompts = [rng.integers(1, 96, n).tolist() for n in (5, 12, 7, 9)]
+  trees = [
+    StreamDraft(TreeSpec("best_first", 6)),
+    StreamDraft(TreeSpec("cartesian", width=2), prune=Prune(4)),
+  ]
+  settings = bench.Settings(
+    batch=2, max_new_tokens=24, temperature=temperature, seed=3
+  )
+  methods = bench.plan(model.config, trees)
+  results = bench.measure(model, prompts, methods, settings)
+  rows = bench_rows.rows(model, prompts, results, settings, {})
+  assert not bench_rows.bugs(rows)
+  assert all(row["recompiles"] == 0 for row in rows)
+
+
+def test_logits_are_those_of_a_cpu():
+  model = make()
+  tokens = np.random.default_rng(1).integers(1, 96, (2, 20)).astype(np.int32)
+  at = np.broadcast_to(np.arange(20, dtype=np.int32), tokens.shape)
+
+  def logits(device):
+    with jax.default_device(device), jax.default_matmul_precision("highest"):
+      here = jax.device_put(model, device)
+      mask = causal_mask(jax.device_put(np.ones_like(tokens), device))
+      out = forward(here, jax.device_put(tokens, device), at, mask)
+      return np.asarray(here.logits(out.main))
+
+  ours, theirs = (logits(jax.devices(kind)[0]) for kind in ("gpu", "cpu"))
+  np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("nodes", [1, 6])
+def test_the_loop_talks_to_no_host(nodes):
+  drafter = StreamDraft(TreeSpec("best_first", 6)) if nodes > 1 else NoDraft()
+  decoder = decode.Decoder(make(), drafter)
+  state = decoder.start([[5, 6, 7]], max_new_tokens=9)
+  text = (
+    decode._loop.lower(
+      decoder.graphdef,
+      drafter=decoder.drafter,
+      weights=decoder.weights,
+      state=state,
+    )
+    .compile()
+    .as_text()
+  )
+  assert not hlo.host_transfers(text)
