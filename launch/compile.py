@@ -82,6 +82,14 @@ def main(argv):
         metrics.append_jsonl(_OUT.value, [row])
       print(f"{row['program']}, J={row['num_streams']}: compiled", flush=True)
   print(check.render(rows))
+  for row in rows:
+    if "unread" in row:
+      print(
+        f"{row['program']}, J={row['num_streams']}: this jaxlib cannot read "
+        f"the program that libtpu made, so bytes and collectives are not "
+        f"known: {row['unread']}",
+        file=sys.stderr,
+      )
   bad = [row for row in rows if not row["fits"]]
   for row in bad:
     print(f"DOES NOT FIT: {row['advice']}", file=sys.stderr)

@@ -116,9 +116,7 @@ def training(
     step, _, _, flops = ahead.train_step(model, train, place, **names)
   except Exception as e:
     return about | _too_large(e, of, _train_advice(train, rows, model))
-  program = hlo.Program(step.as_text())
-  moved = program.traffic(program.entry)
-  row = about | _account(step, moved, flops, place, of)
+  row = about | _account(step, flops, place, of)
   if not row["fits"]:
     row["advice"] = _advice(row, of, _train_advice(train, rows, model))
   return row
@@ -150,30 +148,39 @@ def decoding(
   except Exception as e:
     return about | _too_large(e, of, advice)
   _, loop, _, state, flops = made
-  program = hlo.Program(loop.as_text())
-  step = program.loop()
-  row = about | _account(loop, program.traffic(step), flops, place, of)
-  row["cache_copies"] = len(program.copies(step, _layer_bytes(state)))
+  row = about | _account(loop, flops, place, of, _layer_bytes(state))
   if not row["fits"]:
     row["advice"] = _advice(row, of, advice)
   return row
 
 
 def _account(
-  compiled, traffic: hlo.Traffic, flops: int, place: Mesh, of: roofline.Chip
+  compiled, flops: int, place: Mesh, of: roofline.Chip, cached: int = 0
 ) -> dict:
-  """What a compiled program takes of a chip; traffic: of one step."""
+  """What a step takes of a chip; cached: of a decoding loop, whose step is one
+  turn, bytes of a layer's keys or values."""
   memory = ahead.memory(compiled)
-  cost = roofline.Cost(flops / place.size, traffic, of)
-  return {
+  row = {
     "fits": memory["total"] <= of.memory,
     "memory": memory,
     "chip_memory": of.memory,
-    "flops": cost.flops,
+    "flops": flops / place.size,
+  }
+  try:
+    text = compiled.as_text()
+  except jax.errors.JaxRuntimeError as error:  # libtpu may be newer than jaxlib
+    return row | {"unread": " ".join(str(error).split())[:200]}
+  program = hlo.Program(text)
+  step = program.loop() if cached else program.entry
+  traffic = program.traffic(step)
+  cost = roofline.Cost(row["flops"], traffic, of)
+  if cached:
+    row["cache_copies"] = len(program.copies(step, cached))
+  return row | {
     "bytes": traffic.bytes,
     "collectives": {k: [n, size] for k, n, size in traffic.collectives},
     "compiler_cycles": traffic.cycles,
-    "host_transfers": len(hlo.host_transfers(compiled.as_text())),
+    "host_transfers": len(hlo.host_transfers(text)),
     "parts_ms": {name: 1e3 * x for name, x in cost.parts.items()},
     "roofline_ms": 1e3 * cost.seconds,
     "bound": cost.bound,

@@ -178,6 +178,26 @@ def row(**changes):
   return {**found, **changes}
 
 
+def test_a_program_that_cannot_be_read_has_its_memory_all_the_same():
+  compiled = jax.jit(lambda x: x @ x).lower(jnp.ones((8, 8))).compile()
+
+  class Unread:
+    memory_analysis = compiled.memory_analysis
+
+    def as_text(self):
+      raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK\n failure")
+
+  place = ahead.make_mesh("cpu")
+  chip = roofline.CHIPS["v6e"]
+  known = compile_check._account(compiled, 1024, place, chip)
+  found = compile_check._account(Unread(), 1024, place, chip)
+  assert found.pop("unread") == "INTERNAL: RET_CHECK failure"
+  assert found.items() <= known.items() and "bytes" in known
+  about = {"program": "train 1 x 8", "num_streams": 0}
+  last = compile_check.render([about | found]).splitlines()[1].split()
+  assert last[-9:] == ["yes", "0.0", "1.00", *"-" * 6]
+
+
 def test_the_table_and_the_advice():
   rows = [row(num_streams=0), row(flops=3e12)]
   lines = compile_check.render(rows).splitlines()
