@@ -85,6 +85,8 @@ flags.mark_flag_as_required("workdir")
 
 
 def main(argv):
+  import jax
+
   from spec_stream import (
     bench,
     bench_rows,
@@ -99,6 +101,8 @@ def main(argv):
   from spec_stream.drafters import registry
   from spec_stream.progress import Progress
 
+  if _ROOFLINE.value:  # a kept program must have this code's scopes
+    jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
   drafters, asked = drafting.make_all(_DRAFTERS.value or [], _TREE_NODES.value)
   settings = bench.Settings(
     batch=_BATCH.value,
@@ -173,10 +177,12 @@ def main(argv):
   if costs and not settings.refill:  # predictions leave prefills out
     for row, result in zip(rows, results, strict=True):
       row |= costs.fields(result.drafter)
-  if _ROOFLINE.value:
-    limits.add(rows, results, run.model, prompts, settings)
-  workdir.mkdir(parents=True, exist_ok=True)
-  metrics.append_jsonl(workdir / "results.jsonl", rows)
+  try:
+    if _ROOFLINE.value:
+      limits.add(rows, results, run.model, prompts, settings)
+  finally:  # what was measured is not lost
+    workdir.mkdir(parents=True, exist_ok=True)
+    metrics.append_jsonl(workdir / "results.jsonl", rows)
   print(text_table.render(rows))
   if _ROOFLINE.value:
     print(limits.render(rows))

@@ -45,7 +45,14 @@ def keep_programs(environ):
   before jax is imported. JAX's own variables say where else, or not at all."""
   cache = environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
   place = os.path.join(cache, "spec_stream", "programs")
-  environ.setdefault("JAX_COMPILATION_CACHE_DIR", place)
+  if "JAX_COMPILATION_CACHE_DIR" in environ:
+    return
+  try:
+    os.makedirs(place, exist_ok=True)
+  except OSError:
+    return
+  if os.access(place, os.W_OK):
+    environ["JAX_COMPILATION_CACHE_DIR"] = place
 
 
 def _guard(function, *args):

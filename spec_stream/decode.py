@@ -193,6 +193,10 @@ class Decoder:
     """Decodes to the end of every row. `state` is donated."""
     return _loop(self.graphdef, self.weights, self.drafter, state)
 
+  def lower(self, state: DecodeState) -> jax.stages.Lowered:
+    """The loop of `finish`; `state` may be abstract."""
+    return _loop.lower(self.graphdef, self.weights, self.drafter, state)
+
   def step(self, state: DecodeState) -> DecodeState:
     """One step, for streaming and debugging."""
     return _step(self.graphdef, self.weights, self.drafter, state)

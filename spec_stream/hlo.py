@@ -197,10 +197,13 @@ class Program:
       if x.op == "parameter"
     }
     theirs = [x for x in inside.values() if collective(x)]
-    if theirs and "kind=kCustom" in i.rest:
-      return sum(self._moved(x, inside) for x in theirs) * _starts(i)
+    if theirs and "-start" in i.name:
+      return sum(self._moved(x, inside) for x in theirs)
+    if theirs and "-done" in i.name:
+      return 0
     # One that runs while they are under way hands their arrays on.
-    under_way, total = {x.name for x in theirs}, 0
+    under_way = set() if _starts(i) else {x.name for x in theirs}
+    total = 0
     for at, shape in enumerate(shapes):
       if _large(shape) and not shape.startswith("("):
         read = _read(parameters[at].name, inside, under_way)

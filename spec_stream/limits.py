@@ -40,29 +40,44 @@ def of_device(dtype: str, size: int = 2**29) -> Rates:
   width = 4096
   array = jnp.ones((size // (width * jnp.dtype(dtype).itemsize), width), dtype)
   row = jnp.ones((width, 1), dtype)
-  square = jnp.ones((2048, 2048), dtype)
-  seconds = lambda f, *args: _seconds(jax.jit(f), *args)
+  # An accelerator needs larger ones to be at its best.
+  side = 2048 if jax.default_backend() == "cpu" else 8192
+  square = jnp.full((side, side), 1 / side, dtype)
+  small = lambda x: (1e-30 * x.astype(jnp.float32).sum()).astype(dtype)
+  zero = jnp.zeros((), dtype)
   # Whichever way of reading it all is fastest here.
   read = min(
-    seconds(lambda x, y: (x @ y).sum(), array, row),
-    seconds(lambda x, y: x.sum() + y[0, 0], array, row),
+    _seconds(lambda c, x, y: small(x @ (y + c)), zero, array, row),
+    _seconds(lambda c, x: small(x + c), zero, array),
   )
-  copy = seconds(lambda x: x + 1, array)
-  matrix = seconds(lambda x: x @ x, square)
+  copy = _seconds(lambda c: c + 1, array)
+  matrix = _seconds(lambda c, x: c @ x, square, square)
   return Rates(
     read=array.nbytes / read,
     copy=2 * array.nbytes / copy,
-    matrix=2 * 2048**3 / matrix,
+    matrix=2 * side**3 / matrix,
   )
 
 
-def _seconds(function, *args) -> float:
-  found = []
-  for _ in range(6):  # the first compiles
+_LONG = 0.05  # seconds, above which starting a program counts for nothing
+
+
+def _seconds(turn, carry, *args) -> float:
+  """Of one `turn(carry, *args) -> carry`, of many in a loop on the device."""
+  loop = jax.jit(
+    lambda count, carry, *args: jax.lax.fori_loop(
+      0, count, lambda _, carry: turn(carry, *args), carry
+    )
+  )
+
+  def timed(count):
     begin = time.perf_counter()
-    jax.block_until_ready(function(*args))
-    found.append(time.perf_counter() - begin)
-  return min(found[1:])
+    jax.block_until_ready(loop(count, carry, *args))
+    return time.perf_counter() - begin
+
+  timed(1)  # compiles
+  count = max(1, math.ceil(_LONG / timed(1)))
+  return min(timed(count) for _ in range(5)) / count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +171,9 @@ def add(
       len(prompt) + len(made.token_ids) / 2
       for prompt, made in zip(prompts, result.generations, strict=True)
     ]
-    need = of_step(decoder, settings.batch, round(np.mean(lengths)))
+    batches = result.decode_seconds.shape[1]
+    at_once = round(len(prompts) / batches)  # the last may have fewer
+    need = of_step(decoder, at_once, round(np.mean(lengths)))
     row |= need.fields(rates, row["step_ms"] / 1e3)
     row["length"] = float(np.mean(lengths))
     if with_stages:

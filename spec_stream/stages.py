@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import jax
 
 from spec_stream import decode, hlo
+from spec_stream.errors import UserError
 
 # Below `verify` a scope counts by itself; below the others it does not.
 _SCOPE = re.compile(
@@ -17,11 +18,11 @@ _SCOPE = re.compile(
 )
 
 
-def scopes(text: str) -> dict[str, str]:
-  """{instruction of an optimised program: its scope}; of one that the compiler
+def scopes(program: hlo.Program) -> dict[str, str]:
+  """{instruction: its scope}; of one that the compiler
   left without a name that of the first that reads it."""
   found = {}
-  for inside in hlo.Program(text).computations.values():
+  for inside in program.computations.values():
     for i in reversed(inside.values()):  # what reads comes after
       path = re.search(r'op_name="([^"]*)"', i.rest)
       match = _SCOPE.search(path[1]) if path else None
@@ -39,9 +40,12 @@ def milliseconds(
   """{scope: ms a step} of one batch, and all that has none as "rest".
 
   What `jax.profiler` says of the operations of the decoding loop: operations
-  that run at a time count each, and what is between them not. Compiles the loop
-  once more, to read its scopes. settings: as of `Decoder.start`. {} if prefill
-  alone ends every row.
+  that run at a time count each, and what is between them not. A program that
+  JAX kept from a former process has the scopes of that one's code, unless
+  jax_compilation_cache_include_metadata_in_key is set. settings: as of
+  `Decoder.start`. {} if prefill alone ends every row.
+
+  Raises: UserError if the profiler leaves nothing to read.
   """
   start = lambda: jax.block_until_ready(decoder.start(prompts, **settings))
   done = decoder.finish(start())  # compiles
@@ -49,22 +53,42 @@ def milliseconds(
   if not steps:
     return {}
   state = start()
-  program = decode._loop.lower(
-    decoder.graphdef,
-    drafter=decoder.drafter,
-    weights=decoder.weights,
-    state=state,
-  ).compile()
-  scope = scopes(program.as_text())
+  program = hlo.Program(decoder.lower(state).compile().as_text())
+  scope, around = scopes(program), _around(program)
   total = collections.Counter()
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder):
       jax.block_until_ready(decoder.finish(state))
-    (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
-    for plane in jax.profiler.ProfileData.from_file(path).planes:
-      for line in plane.lines:
-        for event in line.events:
-          inside = "hlo_op" in dict(event.stats)
-          if inside and not event.name.startswith("while"):
-            total[scope.get(event.name, "rest")] += event.duration_ns
+    paths = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
+    if not paths:
+      raise UserError("the profiler wrote no trace: is it allowed here?")
+    for op, nanoseconds in _operations(paths[0]):
+      if op not in around:
+        total[scope.get(op, "rest")] += nanoseconds
   return {name: ns / 1e6 / steps for name, ns in total.items()}
+
+
+def _around(program: hlo.Program) -> set[str]:
+  """Instructions whose time is that of what they hold."""
+  return {
+    i.name
+    for inside in program.computations.values()
+    for i in inside.values()
+    if i.op in ("while", "call", "conditional")
+  }
+
+
+def _operations(path: str):
+  """(instruction, nanoseconds) of each that a trace has; of a device's own
+  clock where there is one."""
+  planes = list(jax.profiler.ProfileData.from_file(path).planes)
+  found = {"/device:": [], "": []}
+  for plane in planes:
+    kind = "/device:" if plane.name.startswith("/device:") else ""
+    for line in plane.lines:
+      for event in line.events:
+        # Its own name may be that of a kernel.
+        op = dict(event.stats).get("hlo_op")
+        if op:
+          found[kind].append((op, event.duration_ns))
+  return found["/device:"] or found[""]

@@ -3,7 +3,7 @@
 import os
 import pathlib
 
-# Before anything imports jax. `JAX_PLATFORMS=cuda pytest -m gpu` still works.
+# Before anything imports jax. `JAX_PLATFORMS=cuda,cpu pytest -m gpu` works.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Hundreds of tiny programs: LLVM's optimiser would take most of the time, and
 # what XLA itself does to a program stays. `XLA_FLAGS= pytest` leaves it on.
@@ -13,7 +13,7 @@ os.environ.setdefault(
 )
 
 # A program that a former run left would hide that it no longer compiles.
-os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
 
 import hypothesis
 import jax
@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(config, items):
       item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
     if "gpu" in item.keywords and jax.default_backend() != "gpu":
       item.add_marker(
-        pytest.mark.skip(reason="no GPU: run with JAX_PLATFORMS=cuda -m gpu")
+        pytest.mark.skip(reason="no GPU: JAX_PLATFORMS=cuda,cpu pytest -m gpu")
       )
 
 

@@ -68,28 +68,32 @@ def folder(tmp_path_factory):
 
 
 def call(folder, *args, **environ):
+  given = {**os.environ, "PYTHONWARNINGS": "ignore", **environ}
   return subprocess.run(
     [sys.executable, "thing.py", *args],
     cwd=folder,
     capture_output=True,
     text=True,
     timeout=60,
-    env={**os.environ, "PYTHONWARNINGS": "ignore", **environ},
+    env={k: v for k, v in given.items() if v is not None},
   )
 
 
 def test_programs_are_kept_for_the_next_call(folder, tmp_path):
   some = {
     "XDG_CACHE_HOME": str(tmp_path),
-    "JAX_ENABLE_COMPILATION_CACHE": "1",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
   }
   place = tmp_path / "spec_stream" / "programs"
   off = call(folder, "--name=compile", **some, JAX_COMPILATION_CACHE_DIR="")
   assert off.returncode == 0 and not place.exists()
+  some["JAX_COMPILATION_CACHE_DIR"] = None  # not in the environment
   done = call(folder, "--name=compile", **some)
   assert done.returncode == 0, done.stderr
   assert list(place.iterdir())
+  some["XDG_CACHE_HOME"] = str(folder / "thing.py")  # no folder can be there
+  done = call(folder, "--name=compile", **some)
+  assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(

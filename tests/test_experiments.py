@@ -324,7 +324,9 @@ def test_steps_are_measured_against_their_limits(tmp_path, capsys):
 def test_what_is_for_a_gpu_runs_in_small(tmp_path):
   command = [ROOT / "experiments" / "gpu" / "run.sh", tmp_path / "o", "--tiny"]
   environ = {**os.environ, "PYTHON": sys.executable}
-  done = subprocess.run(command, capture_output=True, text=True, env=environ)
+  done = subprocess.run(
+    command, capture_output=True, text=True, env=environ, timeout=600
+  )
   assert done.returncode == 0, done.stdout + done.stderr
   read = lambda name: [
     json.loads(line) for line in (tmp_path / "o" / name).open()
@@ -336,6 +338,8 @@ def test_what_is_for_a_gpu_runs_in_small(tmp_path):
   assert [x["tree_nodes"] for x in read("steps.jsonl")] == [1, 1, 4, 8]
   wrong = subprocess.run(command[:1], capture_output=True, text=True)
   assert wrong.returncode == 2 and wrong.stderr.startswith("usage: ")
+  again = subprocess.run(command, capture_output=True, text=True)
+  assert again.returncode == 1 and "is not empty" in again.stderr
 
 
 def test_products_are_timed_each_way(monkeypatch, capsys):

@@ -1,4 +1,7 @@
-"""What a GPU may do otherwise than a CPU. JAX_PLATFORMS=cuda pytest -m gpu"""
+"""What a GPU may do otherwise than a CPU.
+
+JAX_PLATFORMS=cuda,cpu pytest -m gpu
+"""
 
 import dataclasses
 
@@ -13,10 +16,10 @@ from spec_stream import (
   TreeSpec,
   bench,
   bench_rows,
-  decode,
   hlo,
   weights,
 )
+from spec_stream.decode import Decoder
 from spec_stream.models.prune import Prune
 from spec_stream.models.transformer import causal_mask, forward
 
@@ -68,16 +71,7 @@ def test_logits_are_those_of_a_cpu():
 @pytest.mark.parametrize("nodes", [1, 6])
 def test_the_loop_talks_to_no_host(nodes):
   drafter = StreamDraft(TreeSpec("best_first", 6)) if nodes > 1 else NoDraft()
-  decoder = decode.Decoder(make(), drafter)
+  decoder = Decoder(make(), drafter)
   state = decoder.start([[5, 6, 7]], max_new_tokens=9)
-  text = (
-    decode._loop.lower(
-      decoder.graphdef,
-      drafter=decoder.drafter,
-      weights=decoder.weights,
-      state=state,
-    )
-    .compile()
-    .as_text()
-  )
+  text = decoder.lower(state).compile().as_text()
   assert not hlo.host_transfers(text)

@@ -260,9 +260,9 @@ def test_a_fusion_moves_nothing_of_a_collective_that_is_under_way():
 ENTRY %main (a: f32[8], b: f32[2]) -> f32[32] {
   %a = f32[8]{0} parameter(0)
   %b = f32[2]{0} parameter(1)
-  %s = (f32[8]{0}, f32[32]{0}) fusion(%a), kind=kCustom, calls=%start
-  %s0 = f32[8]{0} get-tuple-element(%s), index=0
-  %s1 = f32[32]{0} get-tuple-element(%s), index=1
+  %a-start = (f32[8]{0}, f32[32]{0}) fusion(%a), kind=kCustom, calls=%start
+  %s0 = f32[8]{0} get-tuple-element(%a-start), index=0
+  %s1 = f32[32]{0} get-tuple-element(%a-start), index=1
   %m = (f32[2], f32[8], f32[32], f32[32]) fusion(%s0, %s1, %b), calls=%meanwhile
   %s2 = f32[8]{0} get-tuple-element(%m), index=1
   %s3 = f32[32]{0} get-tuple-element(%m), index=3

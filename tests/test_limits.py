@@ -88,8 +88,9 @@ def test_the_limit_is_the_slower_of_two():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rates_are_of_the_best_of_five(monkeypatch, dtype):
-  """A clock that goes on by 1, 9, 2, 7, 3 and 8 seconds from call to call."""
-  ticks, now = itertools.cycle((1, 9, 2, 7, 3, 8)), [0.0]
+  """A clock that goes on by 1, 2, 9, 5, 7, 3 and 8 seconds from call to
+  call."""
+  ticks, now = itertools.cycle((1, 2, 9, 5, 7, 3, 8)), [0.0]
 
   def clock():
     clock.calls += 1
@@ -100,6 +101,28 @@ def test_rates_are_of_the_best_of_five(monkeypatch, dtype):
   clock.calls = 0
   monkeypatch.setattr(limits.time, "perf_counter", clock)
   rates = limits.of_device.__wrapped__(dtype, size=2**22)
-  # The first, which compiles, does not count.
-  assert rates.read == 2**22 / 2 and rates.copy == 2 * 2**22 / 2
-  assert rates.matrix == 2 * 2048**3 / 2
+  # The first two, which compile and say how often, do not count.
+  assert rates.read == 2**22 / 3 and rates.copy == 2 * 2**22 / 3
+  assert rates.matrix == 2 * 2048**3 / 3
+
+
+def test_what_is_short_is_done_often(monkeypatch):
+  turns = []
+  now = [0.0]
+
+  def clock():
+    return now[0]
+
+  def jit(loop):
+    def call(count, carry, *args):
+      turns.append(count)
+      now[0] += 0.001 + 0.002 * count  # a millisecond to start it
+      return carry
+
+    return call
+
+  monkeypatch.setattr(limits.time, "perf_counter", clock)
+  monkeypatch.setattr(limits.jax, "jit", jit)
+  found = limits._seconds(lambda c: c, 0.0)
+  assert turns == [1, 1] + [17] * 5  # 0.05 over 0.003
+  assert found == pytest.approx(0.002 + 0.001 / 17)

@@ -4,7 +4,7 @@ import dataclasses
 
 import tiny
 
-from spec_stream import NoDraft, stages, weights
+from spec_stream import NoDraft, hlo, stages, weights
 from spec_stream.decode import Decoder
 
 
@@ -18,7 +18,7 @@ def test_an_operation_without_a_name_is_of_what_reads_it():
   ROOT %r = f32[4]{0} add(%v, %s), metadata={op_name="x/while/body/draft/add"}
 }
 """
-  assert stages.scopes(text) == {
+  assert stages.scopes(hlo.Program(text)) == {
     "d": "verify/qkv",
     "q": "verify/qkv",
     "v": "verify",
@@ -34,4 +34,5 @@ def test_time_goes_to_the_scope_of_what_it_was_spent_for():
   found = stages.milliseconds(decoder, [[5, 6], [7]], max_new_tokens=9)
   assert {"verify/ffw", "verify/attend", "commit"} <= set(found)
   assert all(ms > 0 for ms in found.values())
+  assert found.get("rest", 0) < sum(found.values()) / 4
   assert stages.milliseconds(decoder, [[5, 6]], max_new_tokens=1) == {}

@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# All that a GPU has to say, in one command on a bare machine, in 9 minutes:
+# All that a GPU has to say, in one command on a bare machine, in 9 minutes at
+# most:
 #
 #   experiments/gpu/run.sh OUT [--tiny]
 #
 # Needs Python with the packages of setup.py and jax for CUDA, and no network
-# (PYTHON=... names another interpreter than python3). Writes to OUT: a .log for
-# each stage, steps.jsonl and results.jsonl (rows of the benchmarks), and
-# stages.jsonl (name, exit code, seconds of each stage). A stage that fails or
-# runs out of its time does not stop the next; the exit code is 1 if one did.
+# (PYTHON=... names another interpreter than python3). Writes to OUT, which must
+# be new or empty: a .log for each stage, steps.jsonl and results.jsonl (rows of
+# the benchmarks), and stages.jsonl (name, exit code, seconds of each stage). A
+# stage that fails or runs out of its time does not stop the next, and none is
+# begun after 9 minutes; the exit code is 1 if one failed.
 # --tiny: shapes for a try on a CPU.
 set -u
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -17,19 +19,33 @@ if [ $# -lt 1 ] || [ $# -gt 2 ] || [ "${2:---tiny}" != --tiny ]; then
 fi
 mkdir -p "$1" || exit 1
 out=$(cd "$1" && pwd)
+if [ -n "$(ls -A "$out")" ]; then
+  echo "error: $out is not empty: give a new folder for the results" >&2
+  exit 1
+fi
 cd "$here" || exit 1
 python=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1 PYTHONPATH=$here
 export XLA_PYTHON_CLIENT_PREALLOCATE=${XLA_PYTHON_CLIENT_PREALLOCATE:-false}
-failed=0
+failed=0 deadline=$(($(date +%s) + 540))
 
 # stage NAME SECONDS COMMAND...
 stage() {
   local name=$1 limit=$2 begin code
   shift 2
   begin=$(date +%s)
-  echo "== $name"
-  timeout "$limit" "$@" 2>&1 | tee "$out/$name.log"
+  if [ $((deadline - 15 - begin)) -lt "$limit" ]; then
+    limit=$((deadline - 15 - begin))
+  fi
+  echo "== $name, $limit s at most"
+  if [ "$limit" -lt 5 ]; then
+    echo "no time left" >"$out/$name.log"
+    printf '{"stage": "%s", "exit_code": null, "seconds": 0}\n' "$name" \
+      >>"$out/stages.jsonl"
+    failed=1
+    return
+  fi
+  timeout -k 10 "$limit" "$@" 2>&1 | tee "$out/$name.log"
   code=${PIPESTATUS[0]}
   printf '{"stage": "%s", "exit_code": %d, "seconds": %d}\n' \
     "$name" "$code" $(($(date +%s) - begin)) >>"$out/stages.jsonl"
@@ -51,14 +67,18 @@ train() { # SECONDS, other arguments
     --config.data.data_dir="$out/data" "$@"
 }
 
-stage device 60 "$python" -c 'import jax, jaxlib, flax
+wanted=gpu
+[ "${2:-}" = --tiny ] && wanted=any
+stage device 60 "$python" -c 'import sys, jax, jaxlib, flax
 print("jax", jax.__version__, "jaxlib", jaxlib.__version__,
-      "flax", flax.__version__, [d.device_kind for d in jax.devices()])'
+      "flax", flax.__version__, [d.device_kind for d in jax.devices()])
+sys.exit(sys.argv[1] not in ("any", jax.default_backend()))' "$wanted"
 if [ "$failed" = 1 ]; then
-  echo "error: $python cannot import jax and flax; see $out/device.log" >&2
+  echo "error: no GPU that $python, jax and flax can use; --tiny does without" \
+    "(see $out/device.log)" >&2
   exit 1
 fi
-if [ "${2:-}" = --tiny ]; then
+if [ "$wanted" = any ]; then
   steps steps-tiny 120 tiny 4,8 --prompts=2 --new=8 --lengths=20
   train 120 --config.train.steps=3 --config.train.save_every=3 \
     --config.model.width=64 --config.model.num_layers=2 \
@@ -66,27 +86,30 @@ if [ "${2:-}" = --tiny ]; then
     --config.data.stream_positions=96
   nodes=4 prompts=2
 else
-  stage tests 100 env "JAX_PLATFORMS=${JAX_PLATFORMS:-cuda}" \
+  stage tests 90 env JAX_PLATFORMS=cuda,cpu XLA_FLAGS= \
     "$python" -m pytest -q -m gpu tests/test_gpu.py
-  steps steps-1b 100 1b 4,8,16,32 --prompts=3
-  steps steps-7b 150 7b 8,32 --prompts=3
-  steps steps-1b-long 60 1b 16 --prompts=2 --lengths=1000
-  if "$python" -c 'import torch, transformers' 2>/dev/null; then
-    stage transformers 60 "$python" experiments/step_cost/huggingface.py
+  steps steps-1b 75 1b 4,8,16,32 --prompts=3
+  steps steps-7b 110 7b 8,32 --prompts=3
+  if timeout 20 "$python" -c 'import torch, transformers
+assert torch.cuda.is_available()' 2>/dev/null; then
+    stage transformers 40 "$python" experiments/step_cost/huggingface.py
   else
-    echo "== transformers: not installed, left out"
+    echo "== transformers: not installed for this GPU, left out"
   fi
   # Wide enough that a step is bound by memory, small enough for a minute.
-  train 100 --config.model.width=1024 --config.model.num_layers=12 \
+  train 90 --config.model.width=1024 --config.model.num_layers=12 \
     --config.model.ffw_dim=2816 --config.model.num_heads=16 \
     --config.model.num_kv_heads=8 --config.train.learning_rate=1e-3 \
     --config.data.batch_size=16 --config.model.dtype=bfloat16
   nodes=4,8,16,32 prompts=32
 fi
-stage benchmark 120 "$python" launch/benchmark.py --workdir="$out/run" \
+stage benchmark 80 "$python" launch/benchmark.py --workdir="$out/run" \
   --drafters=none,streams --tree_nodes="$nodes" --prompts="$prompts" --roofline
 if [ -f "$out/run/results.jsonl" ]; then
   cp "$out/run/results.jsonl" "$out/results.jsonl"
+fi
+if [ "$wanted" = gpu ]; then # if there is time
+  steps steps-1b-long 60 1b 16 --prompts=2 --lengths=1000
 fi
 cat "$out/stages.jsonl"
 exit "$failed"

@@ -119,11 +119,12 @@ def main(argv: list[str]) -> int:
   for length in numbers(args.lengths):
     size = (args.prompts * args.batch, length)
     prompts = rng.integers(1, config.vocab_size, size).tolist()
-    for row in measure(model, prompts, drafters, settings, args.stages):
-      rows.append(row | {"shape": args.shape})
+    found = measure(model, prompts, drafters, settings, args.stages)
+    found = [row | {"shape": args.shape} for row in found]
+    if args.out:
+      metrics.append_jsonl(args.out, found)
+    rows += found
   print(limits.render(rows))
-  if args.out:
-    metrics.append_jsonl(args.out, rows)
   return 0
 
 
