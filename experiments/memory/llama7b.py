@@ -27,24 +27,14 @@ sys.path.insert(0, str(ROOT))  # for configs
 
 from configs import checkpoint  # noqa: E402
 from spec_stream import StreamDraft, TreeSpec, UserError, ahead, metrics  # noqa: E402
+from spec_stream.compile_check import SHAPES  # noqa: E402
 from spec_stream.models.config import ModelConfig, StreamConfig  # noqa: E402
 from spec_stream.text_table import table  # noqa: E402
 from spec_stream.train.config import TrainConfig  # noqa: E402
 
 DEVICE = 80e9  # bytes
 LLAMA = ModelConfig(
-  vocab_size=32000,
-  width=4096,
-  num_layers=32,
-  num_heads=32,
-  num_kv_heads=32,
-  head_dim=128,
-  ffw_dim=11008,
-  max_positions=4096,
-  norm_eps=1e-5,
-  tie_embeddings=False,
-  dtype="bfloat16",
-  param_dtype="bfloat16",
+  **SHAPES["llama2_7b"], dtype="bfloat16", param_dtype="bfloat16"
 )
 # Part -> paths of its weights; the first that matches.
 PARTS = {
