@@ -342,6 +342,43 @@ def test_what_is_for_a_gpu_runs_in_small(tmp_path):
   assert again.returncode == 1 and "is not empty" in again.stderr
 
 
+def test_each_slice_is_compiled_for_once(tmp_path):
+  """With a compiler that notes what it was asked for, and fails once."""
+  fake = tmp_path / "python"
+  fake.write_text(f"""#!/usr/bin/env bash
+echo "$*" >> {tmp_path}/asked
+for word in "$@"; do
+  case $word in
+    *v6e_2x2-llama2_70b-J7-train*) [ -e {tmp_path}/well ] || exit 1 ;;&
+    --out=*) echo '{{}}' > "${{word#--out=}}" ;;
+  esac
+done
+""")
+  fake.chmod(0o755)
+  asked = tmp_path / "asked"
+
+  def call(*args):
+    asked.write_text("")
+    command = [ROOT / "experiments" / "slices" / "run.sh", *args]
+    environ = {**os.environ, "PYTHON": str(fake)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environ)
+    return done, asked.read_text().splitlines()
+
+  out = tmp_path / "rows"
+  _, few = call(out, "v5e_4x4-llama3_8b-J3")
+  assert len(few) == 2 and all("--streams=3 " in line for line in few)
+  assert "--config.mesh.fsdp=2 --config.mesh.tensor=8" in few[0]
+  assert "--config.mesh.fsdp=16 --config.data.batch_size=16" in few[1]
+  done, rest = call(out)
+  assert len(rest) == 94 and done.returncode == 1
+  assert "v6e_2x2-llama2_70b-J7-train.log" in done.stderr
+  (tmp_path / "well").touch()
+  done, again = call(out)
+  assert len(again) == 1 and done.returncode == 0
+  assert len(list(out.glob("*.jsonl"))) == 96
+  assert call()[0].returncode == 2
+
+
 def test_products_are_timed_each_way(monkeypatch, capsys):
   products = script("step_cost", "products.py")
   monkeypatch.setattr(products, "SIZES", ((4, 6),))
