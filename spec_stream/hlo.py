@@ -226,7 +226,7 @@ def _starts(i: Instruction) -> bool:
   """Whether a fusion starts the collective that it holds, if it does. A TPU's
   program starts it in one, ends it in another, and names it once more in each
   that runs meanwhile, in other loops too: the first alone counts."""
-  return "kind=kCustom" in i.rest and "done" not in i.name
+  return "kind=kCustom" in i.rest and "-done" not in i.name
 
 
 def _read(

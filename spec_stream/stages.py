@@ -19,8 +19,8 @@ _SCOPE = re.compile(
 
 
 def scopes(program: hlo.Program) -> dict[str, str]:
-  """{instruction: its scope}; of one that the compiler
-  left without a name that of the first that reads it."""
+  """{instruction: its scope}; of one that the compiler left without a name that
+  of the first that reads it."""
   found = {}
   for inside in program.computations.values():
     for i in reversed(inside.values()):  # what reads comes after
@@ -81,9 +81,8 @@ def _around(program: hlo.Program) -> set[str]:
 def _operations(path: str):
   """(instruction, nanoseconds) of each that a trace has; of a device's own
   clock where there is one."""
-  planes = list(jax.profiler.ProfileData.from_file(path).planes)
   found = {"/device:": [], "": []}
-  for plane in planes:
+  for plane in jax.profiler.ProfileData.from_file(path).planes:
     kind = "/device:" if plane.name.startswith("/device:") else ""
     for line in plane.lines:
       for event in line.events:

@@ -464,7 +464,10 @@ def test_benchmark_holds_steps_against_their_limits(folder, benchmarked):
   plain, tree = rows[0], rows[-1]
   assert tree["step_flops"] > plain["step_flops"]
   for row in rows:
-    assert row["limit_ms"] <= row["step_ms"] and 0 < row["read_share"] < 1
+    read = row["step_bytes"] / row["read_rate"]
+    multiply = row["step_flops"] / row["matrix_rate"]
+    assert row["limit_ms"] == pytest.approx(1e3 * max(read, multiply))
+    assert row["read_share"] == pytest.approx(1e3 * read / row["step_ms"])
     assert {"verify/ffw", "verify/head", "accept"} <= set(row["stage_ms"])
   assert "draft" in tree["stage_ms"] and "draft" not in plain["stage_ms"]
   assert "measured here" in benchmarked["typical"].out

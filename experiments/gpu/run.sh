@@ -37,14 +37,15 @@ stage() {
   if [ $((deadline - 15 - begin)) -lt "$limit" ]; then
     limit=$((deadline - 15 - begin))
   fi
-  echo "== $name, $limit s at most"
   if [ "$limit" -lt 5 ]; then
+    echo "== $name: no time left"
     echo "no time left" >"$out/$name.log"
     printf '{"stage": "%s", "exit_code": null, "seconds": 0}\n' "$name" \
       >>"$out/stages.jsonl"
     failed=1
     return
   fi
+  echo "== $name, $limit s at most"
   timeout -k 10 "$limit" "$@" 2>&1 | tee "$out/$name.log"
   code=${PIPESTATUS[0]}
   printf '{"stage": "%s", "exit_code": %d, "seconds": %d}\n' \

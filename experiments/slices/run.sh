@@ -5,7 +5,7 @@
 #   experiments/slices/run.sh OUT [PATTERN]
 #
 # PATTERN: only names that match it, such as 'v5e_2x2-.*-decode'. What has a row
-# in OUT is left alone, so the same command goes on after a stop. One to five
+# in OUT is left alone, so the same command goes on after a stop. One to six
 # minutes a row on two cores, 96 rows. Needs libtpu (`pip install libtpu`);
 # PYTHON=... names another interpreter than python3.
 set -u

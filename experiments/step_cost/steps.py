@@ -35,6 +35,18 @@ from spec_stream.tree import TreeSpec
 _STREAMS = StreamConfig(
   num_streams=3, num_stream_layers=2, main_attends_streams=False
 )
+
+
+def _llama(**changes) -> ModelConfig:
+  """Llama-2-7B's shape in bfloat16, with streams in four layers."""
+  return ModelConfig(
+    **{**compile_check.SHAPES["llama2_7b"], **changes},
+    dtype="bfloat16",
+    param_dtype="bfloat16",
+    streams=dataclasses.replace(_STREAMS, num_stream_layers=4),
+  )
+
+
 SHAPES = {
   "86m": ModelConfig(
     vocab_size=16384,
@@ -46,25 +58,10 @@ SHAPES = {
     ffw_dim=2048,
     streams=_STREAMS,
   ),
-  "1b": ModelConfig(
-    vocab_size=32000,
-    width=2048,
-    num_layers=24,
-    num_heads=16,
-    num_kv_heads=16,
-    head_dim=128,
-    ffw_dim=5504,
-    tie_embeddings=False,
-    dtype="bfloat16",
-    param_dtype="bfloat16",
-    streams=dataclasses.replace(_STREAMS, num_stream_layers=4),
+  "1b": _llama(
+    width=2048, num_layers=24, num_heads=16, num_kv_heads=16, ffw_dim=5504
   ),
-  "7b": ModelConfig(
-    **compile_check.SHAPES["llama2_7b"],
-    dtype="bfloat16",
-    param_dtype="bfloat16",
-    streams=dataclasses.replace(_STREAMS, num_stream_layers=4),
-  ),
+  "7b": _llama(),
   "tiny": ModelConfig(
     vocab_size=64,
     width=32,
