@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from spec_stream import bench, bench_rows, checkpoints, json_text, task
+from spec_stream import bench, bench_rows, checkpoints, json_text, storage, task
 from spec_stream.cost_model import (
   Acceptance,
   CostModel,
@@ -335,8 +335,8 @@ def _state(config: dict | None, step: int | None, workdir) -> dict:
   """Names the weights of a run, trained anew or further."""
   config = checkpoints.read_config(workdir) if config is None else config
   if step is None:
-    (*_, step) = checkpoints.steps(workdir)
-  digests = checkpoints.read_manifest(workdir, step).get("digests")
+    (*_, step) = storage.steps(workdir)
+  digests = storage.read_manifest(workdir, step).get("digests")
   return {"config": config, "step": step, "digests": digests}
 
 

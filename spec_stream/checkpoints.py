@@ -1,42 +1,31 @@
-"""Runs on disk, and the one place that knows orbax.
+"""Runs on disk: a model with its settings and its tokenizer.
 
     <workdir>/config.json         model, data and train settings, git commit
     <workdir>/tokenizer.json      or tokenizer/, files of a checkpoint's
-    <workdir>/checkpoints/<step>/ weights, optimizer, data (the iterator), meta
-    <workdir>/base/               weights that training does not move, if any
-    <workdir>/base.json           their digests
 
-`meta` is a manifest (see `manifest`), which must be that of the run that is
-loaded and of the numbers that are read. A checkpoint is
-written beside its final name and renamed when complete, so a kill never leaves
-half of one. Weights are a flat dict by path (see `weights`): `load_run` reads
-them alone, onto whatever devices there are.
+and what `storage` writes. `load_run` reads the weights alone, onto whatever
+devices there are.
 """
 
-import contextlib
 import dataclasses
 import json
-import logging
 import pathlib
 import shutil
 import subprocess
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from spec_stream import json_text, manifest, sharding, weights
-from spec_stream.errors import UserError
+from spec_stream import json_text, manifest, sharding, storage, weights
+from spec_stream.errors import UserError, short
 from spec_stream.models import config as model_config
 from spec_stream.models.config import ModelConfig
 from spec_stream.models.transformer import Transformer
-from spec_stream.weights import Weights
 
 # What `export` writes into tokenizer_config.json beside a tokenizer of this
 # project, whose prompts are put between <bos> and <sep>.
 OWN_TOKENIZER = {"prompt_format": "spec_stream.data.tokenizer"}
-_QUIET = ("orbax", "absl", "jax", "array_record", "grain")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +117,7 @@ def read_tokenizer(workdir, vocab_size: int):
   try:
     tokenizer = Tokenizer.load(str(path))
   except Exception as e:  # the library raises bare Exception
-    raise UserError(f"{path} cannot be read as a tokenizer: {_short(e)}") from e
+    raise UserError(f"{path} cannot be read as a tokenizer: {short(e)}") from e
   if tokenizer.vocab_size != vocab_size:
     raise UserError(
       f"{path} has {tokenizer.vocab_size} tokens, but the model has "
@@ -173,115 +162,6 @@ def git_commit() -> str | None:
 # -- checkpoints -------------------------------------------------------------
 
 
-def _directory(workdir) -> pathlib.Path:
-  return pathlib.Path(workdir).absolute() / "checkpoints"
-
-
-def steps(workdir) -> list[int]:
-  """Steps of the complete checkpoints, ascending."""
-  directory = _directory(workdir)
-  if not directory.is_dir():
-    return []
-  return sorted(
-    int(p.name) for p in directory.iterdir() if p.is_dir() and p.name.isdigit()
-  )
-
-
-class Saver:
-  """Saves in the background and keeps the last `keep` checkpoints.
-
-  with Saver(workdir, keep=2) as saver:
-    saver.save(state, iterator)
-
-  tokenizer, model: its hash, and the settings of `to_dict`, for the manifest.
-  """
-
-  def __init__(self, workdir, keep: int, tokenizer: str = "", model=None):
-    _silence()
-    self._about = {"tokenizer": tokenizer, "model": model}
-    self._directory = _directory(workdir)
-    self._manager = ocp.CheckpointManager(
-      self._directory,
-      options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep, create=True, enable_async_checkpointing=True
-      ),
-    )
-
-  def save(self, step: int, weights: Weights, opt_state, iterator):
-    """iterator: the grain iterator as it stands after the batch of `step`."""
-    import grain
-
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        weights=ocp.args.StandardSave(weights),
-        optimizer=ocp.args.StandardSave(opt_state),
-        data=grain.checkpoint.CheckpointSave(iterator),
-        meta=ocp.args.JsonSave(
-          {
-            "step": step,
-            **self._about,
-            "weights": manifest.shapes(weights),
-            "digests": manifest.digests(weights),
-            "optimizer": manifest.digests(manifest.leaves(opt_state)),
-          }
-        ),
-      ),
-    )
-
-  def restore(self, step: int, weights: Weights, opt_state, iterator):
-    """-> (weights, opt_state) like those given, placed as they are.
-
-    The iterator is set in place: all processes saved the same, so any number of
-    them reads it. Raises: UserError if it cannot be read.
-    """
-    with _readable(self._directory / str(step)):
-      restored = self._manager.restore(
-        step,
-        args=ocp.args.Composite(
-          weights=ocp.args.StandardRestore(_abstract(weights)),
-          optimizer=ocp.args.StandardRestore(_abstract(opt_state)),
-          meta=ocp.args.JsonRestore(),
-        ),
-      )
-      data = self._directory / str(step) / "data"
-      found = next(data.glob("process_0-of-*.json"))
-      iterator.set_state(json.loads(found.read_text()))
-      kept = manifest.parse(json.dumps(restored.meta))
-    where = str(self._directory / str(step))
-    opt_state = manifest.leaves(restored.optimizer)
-    manifest.check_digests(kept.get("digests"), restored.weights, where)
-    manifest.check_digests(
-      kept.get("optimizer"), opt_state, where, group="optimizer/"
-    )
-    return restored.weights, restored.optimizer
-
-  def wait(self):
-    """Returns when what was saved is on disk."""
-    self._manager.wait_until_finished()
-
-  def close(self):
-    self._manager.close()
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *exception):
-    self.close()
-
-
-def read_manifest(workdir, step: int) -> dict:
-  """What `meta` says; nothing where there is none, as in older checkpoints.
-
-  Raises: UserError if it is damaged.
-  """
-  path = _directory(workdir) / str(step) / "meta" / "metadata"
-  if not path.is_file():
-    return {}
-  with _readable(path.parent.parent):
-    return manifest.parse(path.read_text())
-
-
 def abstract(config: ModelConfig, mesh: Mesh | None = None) -> dict:
   """Weights by path without values, placed on a mesh or the first device."""
   shapes = weights.shapes(config)
@@ -295,67 +175,12 @@ def abstract(config: ModelConfig, mesh: Mesh | None = None) -> dict:
   }
 
 
-def _base(workdir) -> pathlib.Path:
-  return pathlib.Path(workdir).absolute() / "base"
-
-
-def write_base(workdir, frozen: Weights):
-  """Keeps what training does not move, once, beside the checkpoints."""
-  digests = _base(workdir).with_suffix(".json")
-  digests.unlink(missing_ok=True)
-  if not frozen:  # nor may that of an abandoned run stay
-    shutil.rmtree(_base(workdir), ignore_errors=True)
-    return
-  _silence()
-  with ocp.StandardCheckpointer() as writer:
-    writer.save(_base(workdir), frozen, force=True)
-  found = manifest.digests(frozen)
-  if jax.process_index() == 0:
-    digests.write_text(json.dumps(found) + "\n")
-
-
-def read_base(workdir, target: dict) -> Weights:
-  """What `write_base` kept; nothing if it kept nothing.
-
-  target: abstract weights by path with their shardings, among them these.
-  """
-  if not _base(workdir).is_dir():
-    return {}
-  _silence()
-  names = _names(_base(workdir))
-  with _readable(_base(workdir)), ocp.StandardCheckpointer() as reader:
-    found = reader.restore(_base(workdir), {p: target[p] for p in names})
-  advice = "copy it from where the run was whole, or train again"
-  kept, where = _base_digests(workdir), str(_base(workdir))
-  manifest.check_digests(kept, found, where, advice)
-  return found
-
-
-def _base_digests(workdir) -> dict | None:
-  path = _base(workdir).with_suffix(".json")
-  if not path.is_file():  # of an earlier version
-    return None
-  try:
-    return manifest.parse(path.read_text())
-  except (OSError, ValueError) as e:
-    raise UserError(
-      f"{path} is damaged ({e}): remove it, and the weights of "
-      f"{_base(workdir)} are read unchecked"
-    ) from e
-
-
-def _names(directory: pathlib.Path) -> list[str]:
-  """Paths of the weights in a directory of orbax."""
-  with _readable(directory), ocp.StandardCheckpointer() as reader:
-    return list(reader.metadata(directory).item_metadata)
-
-
 def load_weights(workdir, config, step=None, mesh: Mesh | None = None):
   """-> (weights of a ModelConfig by path, step); the last step by default.
 
   mesh: where to put them; None: the first device.
   """
-  found = steps(workdir)
+  found = storage.steps(workdir)
   if not found:
     raise UserError(f"{workdir} holds no complete checkpoint yet")
   step = found[-1] if step is None else step
@@ -365,16 +190,9 @@ def load_weights(workdir, config, step=None, mesh: Mesh | None = None):
       f"{', '.join(map(str, found))}"
     )
   target = abstract(config, mesh)
-  frozen = read_base(workdir, target)
+  frozen = storage.read_base(workdir, target)
   target = {path: x for path, x in target.items() if path not in frozen}
-  kept = read_manifest(workdir, step)
-  directory = _directory(workdir) / str(step)
-  manifest.check_shapes(kept, target, str(directory))
-  _silence()
-  with _readable(directory):
-    with ocp.StandardCheckpointer() as reader:
-      moved = reader.restore(directory / "weights", target)
-  manifest.check_digests(kept.get("digests"), moved, str(directory))
+  moved = storage.read_weights(workdir, step, target)
   return {**frozen, **moved}, step
 
 
@@ -416,7 +234,7 @@ def load_run(workdir, step: int | None = None, mesh: Mesh | None = None) -> Run:
   tokenizer = read_tokenizer(workdir, model.vocab_size)
   model = _with_known(model, tokenizer)
   values, step = load_weights(workdir, model, step, mesh)
-  kept, where = read_manifest(workdir, step), f"{workdir}, step {step}"
+  kept, where = storage.read_manifest(workdir, step), f"{workdir}, step {step}"
   manifest.check_tokenizer(kept, tokenizer, where)
   manifest.check_model(kept, config["model"], where)
   return Run(weights.to_model(model, values), tokenizer, config, step)
@@ -428,34 +246,3 @@ def _with_known(model: ModelConfig, tokenizer) -> ModelConfig:
   known = max(tokenizer.vocab_size, *(1 + end for end in tokenizer.eos_ids), 0)
   padded = known if known < model.vocab_size else 0
   return dataclasses.replace(model, known_tokens=padded)
-
-
-def _abstract(tree):
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
-  )
-
-
-@contextlib.contextmanager
-def _readable(directory: pathlib.Path):
-  """Whatever orbax or tensorstore raises becomes one line with the path."""
-  try:
-    yield
-  except UserError:
-    raise
-  except Exception as e:
-    raise UserError(
-      f"the checkpoint {directory} cannot be read ({_short(e)}); remove it to "
-      "fall back on an earlier one, or train again in a new --workdir"
-    ) from e
-
-
-def _short(error: Exception, limit: int = 160) -> str:
-  text = str(error).split(". See full TensorStore")[0]  # many lines of json
-  text = " ".join(text.split()) or type(error).__name__
-  return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def _silence():
-  for name in _QUIET:
-    logging.getLogger(name).setLevel(logging.ERROR)

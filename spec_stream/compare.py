@@ -13,7 +13,14 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from spec_stream import checkpoints, evaluate, metrics, results, text_table
+from spec_stream import (
+  checkpoints,
+  evaluate,
+  metrics,
+  results,
+  storage,
+  text_table,
+)
 from spec_stream.bench_rows import extra_params
 from spec_stream.checkpoints import Run
 from spec_stream.decode import tokens_per_call
@@ -51,7 +58,7 @@ class Entry:
   @property
   def without_weights(self) -> Run:
     """As `load` gives it, but for the model."""
-    steps = checkpoints.steps(self.directory)
+    steps = storage.steps(self.directory)
     step = steps[-1] if steps else 0
     return Run(None, self.tokenizer, self.config, step)
 

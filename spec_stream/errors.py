@@ -15,3 +15,10 @@ class UserError(ValueError):
       return text
     half = _LONGEST // 2 - 10
     return f"{text[:half]} [...] {text[-half:]}"
+
+
+def short(error: Exception, limit: int = 160) -> str:
+  """What a library says, as a part of a line."""
+  text = str(error).split(". See full TensorStore")[0]  # many lines of json
+  text = " ".join(text.split()) or type(error).__name__
+  return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 from test_launch import call_all, one_line
 
-from spec_stream import checkpoints, evaluate
+from spec_stream import checkpoints, evaluate, storage
 from spec_stream.data import chat_prompts, pipeline
 from spec_stream.data.tokenizer import Tokenizer
 from spec_stream.errors import UserError
@@ -398,7 +398,7 @@ def test_conversations_train_a_base_and_lossless_streams(
   monkeypatch.chdir(folder)
   for name in ("base", "lossless"):
     assert trained[name].code == 0, trained[name]
-    assert checkpoints.steps(folder / name) == [2]
+    assert storage.steps(folder / name) == [2]
   base, run = (checkpoints.load_run(folder / x) for x in ("base", "lossless"))
   assert run.config["data"]["dataset"] == "conversations"
   assert base.model.config.streams.num_streams == 0
@@ -414,7 +414,7 @@ def test_training_refuses_in_one_line(folder, trained, says):
   done = trained[says]
   assert done.code == 1 and says in done.err, done
   assert done.err.count("\n") == 1 and done.err.startswith("error: ")
-  assert not checkpoints.steps(folder / "x")
+  assert not storage.steps(folder / "x")
 
 
 # -- data files --------------------------------------------------------------

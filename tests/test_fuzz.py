@@ -30,6 +30,7 @@ from spec_stream import (
   cost_model,
   report,
   requests,
+  storage,
   tree,
   weights,
 )
@@ -453,10 +454,6 @@ def test_costs(tmp_path, times):
   assert good
 
 
-@pytest.mark.filterwarnings(
-  # What orbax leaves behind of a read that failed complains when it is freed.
-  "ignore::pytest.PytestUnraisableExceptionWarning"
-)
 def test_run(tmp_path, times):
   """Any file of a run damaged: it is refused or read as it was."""
   texts = ["It is red.", "It is small and green."] * 9
@@ -467,7 +464,7 @@ def test_run(tmp_path, times):
   checkpoints.write_config(whole, about)
   tokenizer.save(str(whole / "tokenizer.json"))
   expected = weights.init(config, 1)
-  with checkpoints.Saver(whole, 1, tokenizer.hash(), about["model"]) as saver:
+  with storage.Saver(whole, 1, tokenizer.hash(), about["model"]) as saver:
     saver.save(3, expected, {"a": np.zeros(3)}, iterator())
   expected = jax.device_get(expected)
   files = sorted(p.relative_to(whole) for p in whole.rglob("*") if p.is_file())

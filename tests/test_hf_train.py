@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import shutil
 
 import hf_models
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from spec_stream import checkpoints, export, sharding, weights
+from spec_stream import checkpoints, export, sharding, storage, weights
 from spec_stream.data.pipeline import DataConfig
 from spec_stream.decode import generate
 from spec_stream.drafters.none import NoDraft
@@ -92,9 +93,7 @@ def test_the_base_is_the_checkpoint_and_kept_once(source, run):
   assert any(np.any(values[p]) for p in added if p.endswith("lora_b"))
   for path, steps in ((f"{run}/base", base), (f"{run}/checkpoints/8", added)):
     directory = path if path.endswith("base") else f"{path}/weights"
-    assert set(checkpoints._names(checkpoints.pathlib.Path(directory))) == set(
-      steps
-    )
+    assert set(storage._names(pathlib.Path(directory))) == set(steps)
   assert tuned.tokenizer.eos_ids == (2,)
   assert tuned.tokenizer.decode(tuned.tokenizer.encode("old red")) == "old red"
 
@@ -244,8 +243,8 @@ def test_bfloat16_base_and_float32_adapters(source, tmp_path, monkeypatch):
   added = weights.adapters(model.config)
   for path, x in weights.to_weights(model).items():
     assert x.dtype == ("float32" if path in added else "bfloat16"), path
-  kept = checkpoints.pathlib.Path(f"{workdir}/checkpoints/2/optimizer")
-  with checkpoints.ocp.StandardCheckpointer() as reader:
+  kept = pathlib.Path(f"{workdir}/checkpoints/2/optimizer")
+  with storage.ocp.StandardCheckpointer() as reader:
     found = reader.metadata(kept).item_metadata
   moments = {x.dtype.name for x in jax.tree.leaves(found) if x.shape}
   assert moments == {"float32"}
@@ -254,8 +253,8 @@ def test_bfloat16_base_and_float32_adapters(source, tmp_path, monkeypatch):
 def test_a_fresh_base_leaves_no_older_one_behind(source, tmp_path):
   """A base that an abandoned run left must not enter another run."""
   values = weights.to_weights(checkpoint.load(source[0]))
-  checkpoints.write_base(tmp_path, values)
+  storage.write_base(tmp_path, values)
   config = hf_config.read_config(source[0])
-  assert checkpoints.read_base(tmp_path, checkpoints.abstract(config))
-  checkpoints.write_base(tmp_path, {})
-  assert not checkpoints.read_base(tmp_path, checkpoints.abstract(config))
+  assert storage.read_base(tmp_path, checkpoints.abstract(config))
+  storage.write_base(tmp_path, {})
+  assert not storage.read_base(tmp_path, checkpoints.abstract(config))

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import tiny
 
-from spec_stream import checkpoints, hosts
+from spec_stream import checkpoints, hosts, storage
 from spec_stream.errors import UserError
 
 ROOT = pathlib.Path(tiny.__file__).parent.parent
@@ -40,13 +40,13 @@ def main(workdir, sizes, last="0", what=""):
       os.kill(os.getpid(), number)
 
   if what == "save":
-    save = checkpoints.Saver.save
+    save = storage.Saver.save
 
     def save_and_die(self, step, *args):
       save(self, step, *args)  # returns while it is being written
       kill_at(step, signal.SIGKILL)
 
-    checkpoints.Saver.save = save_and_die
+    storage.Saver.save = save_and_die
   elif what in ("SIGTERM", "SIGINT"):
     from spec_stream.train import fit
 
@@ -132,7 +132,7 @@ def weights(workdir):
 def test_two_processes_stopped_go_on_as_one(alone, tmp_path, x64):
   """SIGTERM to one stops both after a checkpoint, and one device goes on."""
   done = train(tmp_path, "2,2,2", 2, 8, "SIGTERM", code=143)
-  (at,) = checkpoints.steps(tmp_path)[-1:]
+  (at,) = storage.steps(tmp_path)[-1:]
   assert 8 <= at < 20
   assert f"step {at} is saved" in done[0][0]
   assert "step" not in done[1][0]  # the first process speaks for all
@@ -156,7 +156,7 @@ def test_any_mesh_gives_the_losses_of_one_device(
 @pytest.mark.slow
 def test_ctrl_c_in_one_of_two_stops_both(tmp_path):
   train(tmp_path, "2,2,2", 2, 8, "SIGINT", code=143)
-  assert 8 <= checkpoints.steps(tmp_path)[-1] < 20
+  assert 8 <= storage.steps(tmp_path)[-1] < 20
 
 
 @pytest.mark.slow
@@ -164,7 +164,7 @@ def test_processes_that_do_not_agree(tmp_path):
   done = train(tmp_path, "2,2,2", 2, 0, "differ", code=1)
   words = "UserError: the processes do not agree on the tokenizer and settings"
   assert all(words in err for _, err in done)
-  assert not checkpoints.steps(tmp_path)
+  assert not storage.steps(tmp_path)
 
 
 @pytest.mark.slow
@@ -176,7 +176,7 @@ def test_killed_while_saving(alone, tmp_path):
   started[0].kill()  # it waits for the other one
   for process in started:
     process.communicate()
-  (at,) = checkpoints.steps(tmp_path)[-1:]
+  (at,) = storage.steps(tmp_path)[-1:]
   assert at in (6, 12)
   done = train(tmp_path, "2,2,2", 2)
   assert f"resuming {tmp_path} from its checkpoint of step {at}" in done[0][0]
@@ -193,7 +193,7 @@ def test_a_checkpoint_moves_to_other_meshes_bit_for_bit(tmp_path, x64):
   code = f"""
 import jax, numpy as np
 jax.config.update("jax_enable_x64", True)
-from spec_stream import checkpoints, sharding
+from spec_stream import checkpoints, sharding, storage
 model = checkpoints.model_config.from_dict(
   checkpoints.read_config({str(tmp_path)!r})["model"])
 mesh = sharding.make_mesh(1, 8, 1)

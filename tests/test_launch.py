@@ -24,7 +24,7 @@ TESTS = pathlib.Path(__file__).parent
 LAUNCH = TESTS.parent / "launch"
 # Makes each call as the shell would, but for the start of the process.
 DRIVER = """
-import contextlib, gc, importlib, io, json, sys
+import contextlib, importlib, io, json, sys
 name, small_data, calls = sys.argv[1], int(sys.argv[2]), json.load(sys.stdin)
 import common, tiny
 from absl import flags
@@ -49,7 +49,6 @@ for args, before in calls:
     except SystemExit as stop:
       code = stop.code or 0
   done.append([code, out.getvalue(), err.getvalue()])
-  gc.collect()  # what a damaged checkpoint leaves of orbax complains when freed
 print(json.dumps(done))
 """
 

@@ -24,6 +24,7 @@ from spec_stream import (
   generate,
   manifest,
   sharding,
+  storage,
   weights,
 )
 from spec_stream.errors import UserError
@@ -180,7 +181,7 @@ def on_eight_devices(workdir):
   many = {str(i): np.arange(i, i + 128.0).reshape(8, 16) for i in range(100)}
   placed = {name: jax.device_put(x, rows) for name, x in many.items()}
   assert manifest.digests(placed) == manifest.digests(jax.device_put(many))
-  with checkpoints.Saver(workdir, keep=1) as saver:
+  with storage.Saver(workdir, keep=1) as saver:
     saver.save(2, state.weights, state.opt_state, tiny.iterator())
   other, _ = checkpoints.load_weights(
     workdir, MODEL, mesh=sharding.make_mesh(4, 1, 2)

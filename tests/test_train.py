@@ -16,7 +16,7 @@ import pytest
 import tiny
 from tiny import MODEL, make_batch
 
-from spec_stream import checkpoints, sharding, weights
+from spec_stream import checkpoints, sharding, storage, weights
 from spec_stream.errors import UserError
 from spec_stream.models.lora import LoRAParam
 from spec_stream.models.streams import StreamParam
@@ -237,7 +237,7 @@ def test_a_run_learns_and_keeps_its_last_checkpoints(finished):
   curve = tiny.losses(finished)
   assert list(curve) == list(range(1, 13))
   assert curve[12] < 0.8 * curve[1]
-  assert checkpoints.steps(finished) == [8, 12]
+  assert storage.steps(finished) == [8, 12]
   line = open(f"{finished}/metrics.jsonl").readline()
   keys = "loss_main loss_stream_1 accept_1 tokens_per_second"
   for key in [*keys.split(), "learning_rate", "seconds", "eta_seconds"]:
@@ -249,7 +249,7 @@ def test_kill_9_and_resume_is_exact(finished, tmp_path, small_data):
   killed = stop(workdir, 10, "SIGKILL")
   assert killed.returncode == -signal.SIGKILL, killed.stderr
   assert max(tiny.losses(workdir)) == 10
-  last = checkpoints.steps(workdir)[-1]
+  last = storage.steps(workdir)[-1]
   assert last in (4, 8)  # 8 may have been on its way
   assert tiny.train(workdir) == 0
   assert tiny.losses(workdir) == tiny.losses(finished)  # bit for bit
@@ -266,7 +266,7 @@ def test_ctrl_c_saves_the_step_and_says_so(finished, tmp_path, small_data):
   assert stopped.returncode == 130, stopped.stderr
   assert stopped.stderr == ""
   assert stopped.stdout.splitlines()[-1].startswith("stopped: step 6 is saved")
-  assert checkpoints.steps(workdir) == [4, 6]
+  assert storage.steps(workdir) == [4, 6]
   assert tiny.train(workdir) == 0
   assert tiny.losses(workdir) == tiny.losses(finished)
 
@@ -302,14 +302,14 @@ def test_more_steps_go_on(finished, tmp_path, small_data, capsys):
   longer = change(steps=14, log_every=2, save_every=9)
   assert tiny.train(workdir, train=longer) == 0
   assert "from its checkpoint of step 12" in capsys.readouterr().out
-  assert checkpoints.steps(workdir) == [12, 14]
+  assert storage.steps(workdir) == [12, 14]
 
 
 def test_a_loss_that_is_not_finite_keeps_the_checkpoint(tmp_path, small_data):
   with pytest.raises(UserError, match="no longer finite at step"):
     tiny.train(tmp_path, train=change(learning_rate=1e20, save_every=1))
   # Step 1 was fine before its update; what it led to is not saved.
-  assert checkpoints.steps(tmp_path) in ([], [1])
+  assert storage.steps(tmp_path) in ([], [1])
 
 
 def test_init_from_takes_base_weights_and_tokenizer(

@@ -11,12 +11,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from spec_stream import checkpoints, hosts, manifest, sharding
-from spec_stream.checkpoints import Saver
+from spec_stream import checkpoints, hosts, manifest, sharding, storage
 from spec_stream.data.pipeline import DataConfig, train_iterator
 from spec_stream.errors import UserError
 from spec_stream.metrics import MetricWriter
 from spec_stream.models.config import ModelConfig
+from spec_stream.storage import Saver
 from spec_stream.train import config as train_config
 from spec_stream.train import meter as meters
 from spec_stream.train import start
@@ -64,7 +64,7 @@ def fit(
     base = start.start_drafter(model, base)
     start.check_streams(train, model, base)
   elif last:
-    base = checkpoints.read_base(workdir, checkpoints.abstract(model, mesh))
+    base = storage.read_base(workdir, checkpoints.abstract(model, mesh))
     start.check_base(workdir, model, train, base)
   teacher, taught = start.load_teacher(train, model, tokenizer, mesh)
   state, shardings = states.init(model, train, mesh, base)
@@ -73,7 +73,7 @@ def fit(
     checkpoints.write_config(workdir, settings)
     checkpoints.write_tokenizer(workdir, tokenizer)
   if not last:
-    checkpoints.write_base(workdir, state.frozen)
+    storage.write_base(workdir, state.frozen)
   source = train_iterator(data, tokenizer)
   with contextlib.ExitStack() as stack:
     stack.callback(getattr(source, "close", lambda: None))
@@ -81,7 +81,7 @@ def fit(
       Saver(workdir, train.keep, tokenizer.hash(), settings["model"])
     )
     if last:
-      kept = checkpoints.read_manifest(workdir, last)
+      kept = storage.read_manifest(workdir, last)
       where = f"{workdir}, step {last},"
       manifest.check_tokenizer(kept, tokenizer, where)
       state = _restore(saver, last, state, source)

@@ -4,7 +4,7 @@ import dataclasses
 
 from jax.sharding import Mesh
 
-from spec_stream import checkpoints, weights
+from spec_stream import checkpoints, storage, weights
 from spec_stream.data.pipeline import DataConfig
 from spec_stream.drafters import registry
 from spec_stream.errors import UserError
@@ -56,7 +56,7 @@ def check_resume(workdir: str, settings: dict) -> int:
 
   Raises: UserError naming the first setting that differs from the run's.
   """
-  last = checkpoints.steps(workdir)
+  last = storage.steps(workdir)
   if not last:
     return 0  # nothing that could be lost: new settings replace old ones
   saved = checkpoints.read_config(workdir)
@@ -211,12 +211,12 @@ def prepare_tokenizer(workdir: str, data: DataConfig, train: TrainConfig):
   from spec_stream.data.tokenizer import Tokenizer
 
   if train.init_from and hf_config.is_checkpoint(train.init_from):
-    if checkpoints.steps(workdir):
+    if storage.steps(workdir):
       size = checkpoints.read_config(workdir)["model"]["vocab_size"]
       return checkpoints.read_tokenizer(workdir, size)
     return checkpoints.read_hf_tokenizer(train.init_from)
   given = Tokenizer.load(data.tokenizer) if data.tokenizer else None
-  for run in (workdir if checkpoints.steps(workdir) else "", train.init_from):
+  for run in (workdir if storage.steps(workdir) else "", train.init_from):
     if not run:
       continue
     config = checkpoints.read_config(run)
