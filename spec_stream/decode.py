@@ -155,13 +155,15 @@ class Decoder:
     max_new_tokens: int | Sequence[int] = 128,
     end_token: int | Sequence[int] = -1,
     stop: Sequence[Sequence[int]] | np.ndarray = (),
+    slots: int = 0,
     **sampling,
   ) -> tuple[tuple, int, int]:
     """-> (what `prefill` takes, slots, room for new tokens), checked."""
     prompts = [np.asarray(p, np.int64) for p in prompts]
     batch = len(prompts)
     limits = np.broadcast_to(np.asarray(max_new_tokens, np.int64), (batch,))
-    slots, bucket, num_new = self._sizes(prompts, limits)
+    least, bucket, num_new = self._sizes(prompts, limits)
+    slots = max(least, -(-slots // 16) * 16)
     ends = np.atleast_1d(np.asarray(end_token, np.int64))
     for end in ends:
       if not -1 <= end < self.config.vocab_size:
@@ -331,7 +333,8 @@ def generate(
       (see `refill`). 0: a row for each prompt.
     **settings: max_new_tokens=128 and those of `sampling.make`, one value or
       one per prompt; end_token=-1 (none), or several, any of which ends a row;
-      stop=(), sequences of token ids that do, or a table of `stops` for text.
+      stop=(), sequences of token ids that do, or a table of `stops` for text;
+      slots=0, of the cache, so that prompts of all lengths share one loop.
       The noise of a request depends on its seed and on positions alone: the
       same prompt and seed give the same tokens in any batch, with any drafter.
 

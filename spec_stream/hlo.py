@@ -112,18 +112,20 @@ class Program:
       elif i.op == "call":
         total += self.traffic(i.called("to_apply"))
       elif i.op == "conditional":
-        branches = re.findall(r"branch_computations=\{([^}]+)\}", i.rest)
-        branches += re.findall(
-          r"(?:true|false)_computation=%?([\w.\-]+)", i.rest
-        )
-        names = [n.strip(" %,") for part in branches for n in part.split(",")]
-        costs = [self.traffic(n) for n in names if n in self.computations]
+        costs = [self.traffic(name) for name in self._branches(i)]
         total += max(costs, key=lambda cost: cost.bytes, default=Traffic())
       elif i.op not in _FREE and not i.op.endswith("-done"):
         total += Traffic(self._moved(i, inside), (), _cycles(i))
         for one in (i, *self._within(i)):
           total += Traffic(0, collective(one))
     return total
+
+  def _branches(self, i: Instruction) -> list[str]:
+    """The computations of which a conditional runs one."""
+    found = re.findall(r"branch_computations=\{([^}]+)\}", i.rest)
+    found += re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", i.rest)
+    names = [name.strip(" %,") for part in found for name in part.split(",")]
+    return [name for name in names if name in self.computations]
 
   def _within(self, i: Instruction):
     """What a fusion that starts a collective holds; else nothing."""
@@ -167,7 +169,7 @@ class Program:
         if arrays[0][0] >= size and arrays[0][1] and source:
           found.append(i.name)
       called = re.findall(r"(?:calls|body|to_apply)=%?([\w.\-]+)", i.rest)
-      for other in called:
+      for other in (*called, *self._branches(i)):
         found += self.copies(other, size)
     return found
 

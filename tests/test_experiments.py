@@ -379,6 +379,74 @@ done
   assert call()[0].returncode == 2
 
 
+def test_rows_of_slices_become_two_tables(tmp_path, capsys):
+  tables = script("slices", "table.py")
+  about = {"topology": "v5e:4x4", "shape": "llama3_8b"}
+  plain = about | {
+    "program": "decode 1 x 2048, 1 nodes",
+    "num_streams": 0,
+    "fits": True,
+    "memory": {"arguments": 1.5e9, "temporaries": 2.5e8, "total": 1.75e9},
+    "flops": 2e9,
+    "bytes": 9e8,
+    "collectives": {"all-reduce": [3, 2e6], "all-gather": [1, 5e5]},
+    "roofline_ms": 1.25,
+    "bound": "memory",
+  }
+  fast = plain | {
+    "program": "decode 1 x 2048, 16 nodes",
+    "num_streams": 3,
+    "flops": 3.6e10,
+    "bytes": 9.9e8,
+    "bound": "FLOPs",
+  }
+  large = about | {
+    "program": "train 4 x 1024",
+    "num_streams": 1,
+    "fits": False,
+    "used": "33.9G",
+  }
+  unread = about | {
+    "program": "train 4 x 1024",
+    "num_streams": 7,
+    "fits": True,
+    "memory": plain["memory"],
+    "flops": 5e12,
+  }
+  for i, row in enumerate((fast, plain, large, unread)):
+    (tmp_path / f"{i}.jsonl").write_text(json.dumps(row) + "\n")
+  assert tables.main([str(tmp_path)]) == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert [line for line in lines if line.startswith("| ")][1:] == [
+    "| v5e 4x4, Llama-3.1-8B | 0 | 1.50 + 0.25 | 2 | 0.9 | 4, 2.5 MB | "
+    "1.25, memory |",
+    "|  | 3 | 1.50 + 0.25 | 36, 18.00 | 0.99, 1.10 | 4, 2.5 MB | "
+    "1.25, arithmetic |",
+    lines[2 + lines.index("train:")],
+    "| v5e 4x4, Llama-3.1-8B | 1 | does not fit: 33.9G |  |  |  |  |",
+    "|  | 7 | 1.50 + 0.25 | 5,000 | unread | unread |  |",
+  ]
+  assert tables.main(["nowhere"]) == 2
+
+
+def test_steps_at_each_length_of_a_large_cache(tmp_path, capsys, monkeypatch):
+  monkeypatch.syspath_prepend(ROOT / "experiments" / "step_cost")
+  lengths = script("step_cost", "lengths.py")
+  args = "--shape=tiny --slots=320 --lengths=9,200 --nodes=4 --new=6"
+  out = tmp_path / "rows.jsonl"
+  assert lengths.main([*args.split(), "--rounds=1", f"--out={out}"]) == 0
+  rows = [json.loads(line) for line in out.read_text().splitlines()]
+  assert [(r["method"], r["length"]) for r in rows] == [
+    ("plain", 9),
+    ("4 nodes", 9),
+    ("plain", 200),
+    ("4 nodes", 200),
+  ]
+  assert all(r["step_ms"] > 0 and r["slots"] == 320 for r in rows)
+  assert [r["of_longest"] for r in rows[2:]] == [1, 1]
+  assert len(capsys.readouterr().out.splitlines()) == 5
+
+
 def test_products_are_timed_each_way(monkeypatch, capsys):
   products = script("step_cost", "products.py")
   monkeypatch.setattr(products, "SIZES", ((4, 6),))

@@ -180,7 +180,7 @@ def test_the_dearest_branch_counts():
 
 %b (y: f32[8]) -> f32[8] {
   %y = f32[8]{0} parameter(0)
-  %m = f32[8]{0} negate(%y)
+  %m = f32[8]{0} copy(%y)
   ROOT %o = f32[8]{0} negate(%m)
 }
 
@@ -196,6 +196,8 @@ ENTRY %main (i: s32[], x: f32[8]) -> f32[8] {
   ):
     found = hlo.Program(text.replace("BRANCHES", words))
     assert found.traffic("main").bytes == 2 * 64
+    assert found.copies("main", 32) == ["m"]
+    assert found.copies("main", 33) == []
 
 
 def test_a_start_of_two_operands_counts_both_results():

@@ -13,6 +13,8 @@ Letters: B batch row, R rows, T main rows, U sets of streams, J streams, S cache
 slots, K key/value heads, G query heads per key/value head, H head size.
 """
 
+import functools
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -32,6 +34,8 @@ from spec_stream.models.lora import Linear
 from spec_stream.models.scores import joined, scores
 from spec_stream.models.segments import SegmentRows
 
+SHORTEST = 128  # slots that are read whole, however few are committed
+
 
 @flax.struct.dataclass
 class Rows:
@@ -46,9 +50,13 @@ class Rows:
   window: int = flax.struct.field(pytree_node=False, default=0)  # 0 = none
 
   def near(self, slots: int, length: jax.Array) -> jax.Array:
-    """[B, 1 or R, S] cache slots that a row may attend to; length: [B]."""
+    """[B, 1 or R, slots] the first slots of the cache: those that a row may
+    attend to; length: [B]."""
     slot = jnp.arange(slots)
-    old = (slot < length[:, None])[:, None] if self.old is None else self.old
+    if self.old is None:
+      old = (slot < length[:, None])[:, None]
+    else:
+      old = self.old[..., :slots]
     if self.window:
       old &= slot > self.positions[..., None] - self.window
     return old
@@ -140,7 +148,8 @@ class Attention(nnx.Module):
     """x [B, R, D] -> (y [B, R, D], (k, v) of the T main rows).
 
     k [B, K, H, T] and v [B, K, T, H]. cache: (k, v) of this layer with S in the
-    place of T, or None; length: [B].
+    place of T, or None; length: [B], beyond which no row sees a slot, or None
+    if `rows.old` alone says it.
     """
     config, num_main = self.config, rows.num_main
     groups, cap = config.groups, config.attention_softcap
@@ -177,12 +186,41 @@ def _attend(q, k, v, rows: Rows, cache, length, cap: float):
 
   The cache, where there is one, is a second block of keys in one softmax.
   """
+  args = (q, k, v, rows, cache, length)
+  if cache is None:
+    return _over_slots(0, cap, *args)
+  slots = cache[0].shape[3]
+  whole = functools.partial(_over_slots, slots, cap)
+  sizes = prefixes(slots)
+  if len(sizes) == 1 or length is None:
+    return whole(*args)
+  shortest = sum(length.max() > size for size in sizes[:-1])
+  branches = [functools.partial(_over_slots, size, cap) for size in sizes]
+  return jax.lax.platform_dependent(
+    *args,
+    cpu=lambda *args: jax.lax.switch(shortest, branches, *args),
+    default=whole,
+  )
+
+
+def prefixes(slots: int) -> list[int]:
+  """Numbers of slots that a step may read, of which it takes the smallest that
+  holds all that is committed: each twice the one before, the last `slots`."""
+  sizes, size = [], SHORTEST
+  while size < slots:
+    sizes.append(size)
+    size *= 2
+  return [*sizes, slots]
+
+
+def _over_slots(slots: int, cap: float, q, k, v, rows: Rows, cache, length):
+  """Over the first `slots` of the cache, beyond which nothing is committed."""
   equation = "bkrgh,bkht->bkrgt"
   blocks = [scores(equation, q, k, rows.mask[:, None, :, None], cap)]
   values = [v]
-  if cache is not None:
-    old = rows.near(cache[0].shape[3], length)[:, None, :, None]
-    blocks.append(scores(equation, q, cache[0], old, cap))
-    values.append(cache[1])
+  if slots:
+    old = rows.near(slots, length)[:, None, :, None]
+    blocks.append(scores(equation, q, cache[0][..., :slots], old, cap))
+    values.append(cache[1][:, :, :slots])
   weigh = [("bkrgt,bkth->bkrgh", x.astype(q.dtype)) for x in values]
   return joined(blocks, weigh)

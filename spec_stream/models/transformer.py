@@ -163,7 +163,7 @@ def forward(
     mask: [B, T, T]; True where position (row) may attend to position (column).
       In training `Segments`, which never holds it whole; no cache, no `keep`.
     cache: committed tokens, all visible to all new ones; or with `cache_mask`
-      [B, T, S], those that it says. Not with streams.
+      [B, T, S], those of them that it says. Not with streams.
     streams: which positions carry streams: None, ALL, or [B, U] indices into T,
       -1 for none. After `keep`, indices into what it kept.
     num_streams: streams attached, the first J' of the J trained ones; None for

@@ -1,0 +1,98 @@
+"""Attention over the slots that are in use, whatever the cache's size."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from random_drafters import CASES, make
+from random_models import in_short, random_requests
+
+from spec_stream.decode import Decoder, collect
+from spec_stream.drafters.none import NoDraft
+from spec_stream.models import attention
+
+
+@pytest.fixture
+def short(monkeypatch):
+  """Prefixes of 4, 8, 16, ... slots: tiny caches have several."""
+  monkeypatch.setattr(attention, "SHORTEST", 4)
+  jax.clear_caches()
+  yield
+  jax.clear_caches()
+
+
+def test_sizes_double_up_to_the_slots():
+  assert attention.prefixes(96) == [96]
+  assert attention.prefixes(128) == [128]
+  assert attention.prefixes(560) == [128, 256, 512, 560]
+
+
+@pytest.mark.parametrize("window, masked", [(0, False), (7, False), (0, True)])
+def test_any_length_is_as_over_all_slots(x64, short, window, masked):
+  rng = np.random.default_rng(0)
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape))
+  batch, heads, rows, groups, size, slots = 2, 2, 3, 2, 4, 24
+  q = normal(batch, heads, rows, groups, size)
+  k, v = normal(batch, heads, size, rows), normal(batch, heads, rows, size)
+  cache = normal(batch, heads, size, slots), normal(batch, heads, slots, size)
+  mask = jnp.broadcast_to(jnp.eye(rows, dtype=bool), (batch, rows, rows))
+  seen = jnp.asarray(rng.random((batch, rows, slots)) < 0.7)
+
+  def attend(way, length):
+    positions = length[:, None] + jnp.arange(rows)
+    old = None
+    if masked:
+      old = seen & (jnp.arange(slots) < length[:, None, None])
+    about = attention.Rows(
+      None, mask, positions, old=old, num_main=rows, window=window
+    )
+    return way(q, k, v, about, cache, length)
+
+  few = jax.jit(lambda x: attend(lambda *a: attention._attend(*a, cap=0.0), x))
+  every = jax.jit(
+    lambda x: attend(lambda *a: attention._over_slots(slots, 0.0, *a), x)
+  )
+  for length in range(slots + 1):
+    lengths = jnp.array([length, length // 2])
+    np.testing.assert_allclose(few(lengths), every(lengths), rtol=1e-13)
+  # What lies beyond the prefix is not read at all.
+  nan = tuple(
+    jnp.where(jnp.arange(slots).reshape(shape) < 8, x, jnp.nan)
+    for x, shape in zip(cache, ((slots,), (slots, 1)), strict=True)
+  )
+  cache, lengths = nan, jnp.array([5, 8])
+  assert jnp.isfinite(few.__wrapped__(lengths)).all()
+  assert not jnp.isfinite(every.__wrapped__(lengths)).all()
+
+
+@pytest.mark.parametrize(
+  "name", in_short(CASES, ("streams, corrected", "eagle", "draft_model"))
+)
+def test_tokens_where_a_step_reads_more_and_more(x64, short, name):
+  """Of every drafter, those of plain decoding that reads all slots."""
+  accepted = 0
+  for seed in range(4):
+    prompts, options = random_requests(seed, 3)
+    model, own = make(CASES[name], seed)
+    fast = Decoder(model, CASES[name].drafter, own)
+    fast = collect(fast.finish(fast.start(prompts, slots=80, **options)))
+    plain = Decoder(model, NoDraft())
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(attention, "SHORTEST", 4096)
+      jax.clear_caches()
+      plain = collect(plain.finish(plain.start(prompts, slots=80, **options)))
+    jax.clear_caches()
+    assert [x.token_ids for x in fast] == [x.token_ids for x in plain]
+    accepted += sum(sum(x.accepts[1:]) for x in fast)
+  assert accepted
+
+
+@pytest.mark.parametrize("slots", [0, 80])
+def test_a_cache_may_be_larger_than_it_must(slots):
+  name = next(iter(CASES))
+  model, own = make(CASES[name], 0, "float32")
+  state = Decoder(model, CASES[name].drafter, own).start(
+    [[1, 2, 3]], max_new_tokens=4, slots=slots
+  )
+  assert state.cache.num_slots >= max(slots, 20)
+  assert (state.cache.num_slots == 80) == (slots == 80)
