@@ -148,7 +148,7 @@ def decoding(
   except Exception as e:
     return about | _too_large(e, of, advice)
   _, loop, _, state, flops = made
-  row = about | _account(loop, flops, place, of, _layer_bytes(state))
+  row = about | _account(loop, flops, place, of, layer_bytes(state))
   if not row["fits"]:
     row["advice"] = _advice(row, of, advice)
   return row
@@ -187,7 +187,7 @@ def _account(
   }
 
 
-def _layer_bytes(state) -> int:
+def layer_bytes(state) -> int:
   """Of a layer's keys or values on one chip."""
   return min(
     math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize

@@ -9,7 +9,7 @@ from random_models import in_short, random_requests
 
 from spec_stream.decode import Decoder, collect
 from spec_stream.drafters.none import NoDraft
-from spec_stream.models import attention
+from spec_stream.models import attention, tree_attention
 
 
 @pytest.fixture
@@ -85,6 +85,29 @@ def test_tokens_where_a_step_reads_more_and_more(x64, short, name):
     assert [x.token_ids for x in fast] == [x.token_ids for x in plain]
     accepted += sum(sum(x.accepts[1:]) for x in fast)
   assert accepted
+
+
+@pytest.mark.parametrize("name", in_short(CASES, ("streams, corrected",)))
+def test_tokens_with_the_kernel(x64, monkeypatch, name):
+  """Interpreted; of a cache whose end is inside of a block."""
+  attend, called = tree_attention.attend, []
+
+  def kernel(*args, **keys):
+    called.append(args)
+    return attend(*args, **keys, block=16, interpret=True)
+
+  prompts, options = random_requests(3, 3)
+  model, own = make(CASES[name], 3)
+  fast = Decoder(model, CASES[name].drafter, own)
+  plain = Decoder(model, NoDraft())
+  plain = collect(plain.finish(plain.start(prompts, slots=72, **options)))
+  monkeypatch.setattr(tree_attention, "attend", kernel)
+  monkeypatch.setitem(attention.ON, "cpu", "kernel")
+  jax.clear_caches()
+  fast = collect(fast.finish(fast.start(prompts, slots=72, **options)))
+  jax.clear_caches()
+  assert [x.token_ids for x in fast] == [x.token_ids for x in plain]
+  assert called
 
 
 @pytest.mark.parametrize("slots", [0, 80])

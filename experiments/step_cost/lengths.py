@@ -1,7 +1,8 @@
 """Does a step's cost grow with what is committed, or with the cache's slots?
 
   python experiments/step_cost/lengths.py [--shape=86m] [--slots=2112]
-    [--lengths=100,500,1000,2000] [--nodes=8] [--out=F.jsonl]
+    [--lengths=100,500,1000,2000] [--nodes=8] [--attention=prefixes]
+    [--out=F.jsonl]
 
 Random prompts of each length, in a cache of `--slots` and in one as small as
 the length allows, are decoded plainly and with drafts of `--nodes`, in turns
@@ -22,6 +23,7 @@ from spec_stream import UserError, metrics, weights
 from spec_stream.decode import Decoder
 from spec_stream.drafters.none import NoDraft
 from spec_stream.drafters.streams import StreamDraft
+from spec_stream.models import attention
 from spec_stream.models.transformer import for_decoding
 from spec_stream.text_table import table
 from spec_stream.tree import TreeSpec
@@ -47,8 +49,17 @@ def main(argv: list[str]) -> int:
   parser.add_argument("--nodes", type=int, default=8, help="of the drafts")
   parser.add_argument("--new", type=int, default=32, help="tokens to decode")
   parser.add_argument("--rounds", type=int, default=5)
+  parser.add_argument(
+    "--attention",
+    choices=attention.WAYS,
+    help="how the cache is read; by default what this platform does",
+  )
   parser.add_argument("--out", default="", help=".jsonl file to add rows to")
   args = parser.parse_args(argv)
+  platform = jax.devices()[0].platform
+  platform = {"gpu": "cuda"}.get(platform, platform)
+  if args.attention:
+    attention.ON[platform] = args.attention
   config = SHAPES[args.shape]
   model = weights.to_model(config, jax.jit(lambda: weights.init(config, 0))())
   model = for_decoding(model)
@@ -78,6 +89,7 @@ def main(argv: list[str]) -> int:
   rows = [
     {
       "shape": args.shape,
+      "attention": attention.ON.get(platform, "whole"),
       "method": name,
       "length": length,
       "slots": args.slots,

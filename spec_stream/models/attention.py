@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from spec_stream.models import segments
+from spec_stream.models import segments, tree_attention
 from spec_stream.models.config import ModelConfig
 from spec_stream.models.layers import (
   Norm,
@@ -189,18 +189,40 @@ def _attend(q, k, v, rows: Rows, cache, length, cap: float):
   args = (q, k, v, rows, cache, length)
   if cache is None:
     return _over_slots(0, cap, *args)
-  slots = cache[0].shape[3]
-  whole = functools.partial(_over_slots, slots, cap)
-  sizes = prefixes(slots)
-  if len(sizes) == 1 or length is None:
-    return whole(*args)
+  if length is None:
+    return _whole(cap, *args)
+  ways = {on: functools.partial(WAYS[way], cap) for on, way in ON.items()}
+  default = functools.partial(_whole, cap)
+  return jax.lax.platform_dependent(*args, default=default, **ways)
+
+
+def _whole(cap: float, q, k, v, rows: Rows, cache, length):
+  return _over_slots(cache[0].shape[3], cap, q, k, v, rows, cache, length)
+
+
+def _by_prefix(cap: float, q, k, v, rows: Rows, cache, length):
+  sizes = prefixes(cache[0].shape[3])
   shortest = sum(length.max() > size for size in sizes[:-1])
   branches = [functools.partial(_over_slots, size, cap) for size in sizes]
-  return jax.lax.platform_dependent(
-    *args,
-    cpu=lambda *args: jax.lax.switch(shortest, branches, *args),
-    default=whole,
+  return jax.lax.switch(shortest, branches, q, k, v, rows, cache, length)
+
+
+def _by_kernel(cap: float, q, k, v, rows: Rows, cache, length):
+  if rows.old is not None:  # a mask of its own for every row
+    return _whole(cap, q, k, v, rows, cache, length)
+  first = None
+  if rows.window:
+    first = jnp.maximum(rows.positions - rows.window + 1, 0)
+  return tree_attention.attend(
+    q, k, v, rows.mask, cache, length, first, cap=cap
   )
+
+
+# How the cache is read, and on which platform: there what measured fastest, and
+# `whole` where nothing was measured. experiments/step_cost/lengths.py tries
+# another; `kernel` is of one device, for XLA cannot split it over a mesh.
+WAYS = {"whole": _whole, "prefixes": _by_prefix, "kernel": _by_kernel}
+ON = {"cpu": "prefixes"}
 
 
 def prefixes(slots: int) -> list[int]:

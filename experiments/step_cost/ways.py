@@ -1,0 +1,82 @@
+"""What each way of reading the cache compiles to, for one chip of a TPU.
+
+  python experiments/step_cost/ways.py [--target=tpu:v5e:2x2] [--shape=1b]
+    [--slots=2048] [--nodes=1,16]
+
+Needs libtpu and no TPU. Bytes that a step of the decoding loop moves in the
+chip's large memory (with `prefixes`, of the dearest branch), arrays of a
+layer's keys or values that it copies, the compiler's own estimate of cycles,
+and seconds of compilation. A kernel's bytes are those of its operands, read
+whole: that it stops at the length is not seen there, nor what it computes.
+"""
+
+import argparse
+import sys
+import time
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from steps import SHAPES
+
+from spec_stream import UserError, ahead, compile_check, hlo
+from spec_stream.drafters.none import NoDraft
+from spec_stream.drafters.streams import StreamDraft
+from spec_stream.models import attention
+from spec_stream.text_table import table
+from spec_stream.tree import TreeSpec
+
+
+def main(argv: list[str]) -> int:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--target", default="tpu:v5e:2x2")
+  parser.add_argument("--shape", default="1b", choices=SHAPES)
+  parser.add_argument("--slots", type=int, default=2048)
+  parser.add_argument("--nodes", default="1,16", help="of the drafts")
+  args = parser.parse_args(argv)
+  mesh = ahead.make_mesh(args.target)
+  one = np.array(mesh.devices).flat[:1].reshape(1, 1, 1)
+  mesh = Mesh(one, mesh.axis_names)
+  heads = ("nodes", "way", "MB", "copies", "Mcycles", "compiled in s")
+  columns = {name: [] for name in heads}
+  for nodes in map(int, args.nodes.split(",")):
+    drafter = NoDraft()
+    if nodes > 1:
+      drafter = StreamDraft(TreeSpec("best_first", nodes))
+    for way in attention.WAYS:
+      attention.ON[args.target.split(":")[0]] = way
+      jax.clear_caches()  # what was traced with the last way
+      begin = time.monotonic()
+      _, loop, _, state, _ = ahead.decoding(
+        SHAPES[args.shape],
+        drafter,
+        mesh,
+        slots=args.slots,
+        prompt=args.slots // 2,
+      )
+      seconds = time.monotonic() - begin
+      program = hlo.Program(loop.as_text())
+      step = program.loop()
+      moved = program.traffic(step)
+      copies = program.copies(step, compile_check.layer_bytes(state))
+      cells = (
+        str(nodes),
+        way,
+        f"{moved.bytes / 1e6:,.0f}",
+        str(len(copies)),
+        f"{moved.cycles / 1e6:.2f}",
+        f"{seconds:.0f}",
+      )
+      for name, cell in zip(heads, cells, strict=True):
+        columns[name].append(cell)
+  print(table(columns, ("way",)))
+  return 0
+
+
+if __name__ == "__main__":
+  try:
+    sys.exit(main(sys.argv[1:]))
+  except UserError as error:
+    sys.exit(f"error: {error}")

@@ -1,0 +1,91 @@
+"""The kernel for a TPU, interpreted, against the dense form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spec_stream.models import attention, tree_attention
+
+
+def case(seed, batch, heads, rows, groups, size, slots, dtype):
+  """Random operands; rows see what is above them in a random tree."""
+  rng = np.random.default_rng(seed)
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+  mask = np.eye(rows, dtype=bool)
+  for row in range(1, rows):
+    mask[row] |= mask[rng.integers(row)]
+  return dict(
+    q=normal(batch, heads, rows, groups, size),
+    k=normal(batch, heads, size, rows),
+    v=normal(batch, heads, rows, size),
+    mask=jnp.broadcast_to(mask, (batch, rows, rows)),
+    cache=(
+      normal(batch, heads, size, slots),
+      normal(batch, heads, slots, size),
+    ),
+    length=jnp.asarray(rng.integers(0, slots + 1, batch), jnp.int32),
+  )
+
+
+def dense(q, k, v, mask, cache, length, window, cap):
+  rows = q.shape[2]
+  about = attention.Rows(
+    None, mask, length[:, None] + jnp.arange(rows), num_main=rows, window=window
+  )
+  slots = cache[0].shape[3]
+  return attention._over_slots(slots, cap, q, k, v, about, cache, length)
+
+
+@pytest.mark.parametrize("window, cap", [(0, 0.0), (9, 0.0), (0, 5.0)])
+def test_it_is_as_the_dense_form(x64, window, cap):
+  shapes = st.tuples(
+    st.integers(0, 2**32 - 1),  # seed
+    st.sampled_from([1, 3]),
+    st.sampled_from([1, 2]),
+    st.sampled_from([1, 5]),
+    st.sampled_from([1, 2]),
+    st.just(4),
+    st.sampled_from([8, 40, 48]),
+  )
+
+  @settings(max_examples=12)
+  @given(shapes)
+  def check(shape):
+    x = case(*shape, "float64")
+    positions = x["length"][:, None] + jnp.arange(x["q"].shape[2])
+    first = jnp.maximum(positions - window + 1, 0) if window else None
+    found = tree_attention.attend(
+      **x, first=first, cap=cap, block=16, interpret=True
+    )
+    expected = dense(**x, window=window, cap=cap)
+    np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-13)
+
+  check()
+
+
+def test_what_lies_beyond_the_length_is_not_read():
+  x = case(0, 2, 2, 3, 2, 8, 40, "float32")
+  x["length"] = jnp.array([0, 17], jnp.int32)
+  expected = dense(**x, window=0, cap=0.0)
+  beyond = jnp.arange(40) >= x["length"][:, None]
+  x["cache"] = (
+    jnp.where(beyond[:, None, None, :], jnp.nan, x["cache"][0]),
+    jnp.where(beyond[:, None, :, None], jnp.nan, x["cache"][1]),
+  )
+  found = tree_attention.attend(**x, block=16, interpret=True)
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_in_bfloat16_it_is_near():
+  x = case(1, 1, 2, 6, 4, 64, 300, "bfloat16")
+  found = tree_attention.attend(**x, block=128, interpret=True)
+  exact = {
+    name: jax.tree.map(lambda x: x.astype("float32"), x[name])
+    for name in ("q", "k", "v", "cache")
+  }
+  expected = dense(**{**x, **exact}, window=0, cap=0.0)
+  assert found.dtype == "bfloat16"
+  assert np.abs(np.asarray(found, "float32") - expected).max() < 0.03
