@@ -34,6 +34,8 @@ from spec_stream.sampling import (
 )
 from spec_stream.tree import TokenTree, ancestors
 
+CHUNK = 512  # tokens of a prompt that one pass of the prefill reads
+
 
 @flax.struct.dataclass
 class DecodeState:
@@ -71,21 +73,12 @@ def prefill(
   slots: int,
   num_new: int,
 ) -> DecodeState:
-  """One pass over the prompts [B, P] of `length` [B]; streams on the last."""
+  """Reads the prompts [B, P] of `length` [B]; streams on the last token."""
   model, config = params.target, params.target.config
   batch, bucket = prompt.shape
-  at = length[:, None] - 1
   order = jnp.arange(bucket)
-  out = forward(
-    model,
-    prompt,
-    jnp.broadcast_to(order, prompt.shape),
-    causal_mask((order < length[:, None]).astype(jnp.int32)),
-    streams=at if drafter.num_streams else None,
-    num_streams=drafter.num_streams,
-    taps=drafter.taps,
-  )
-  last = jnp.take_along_axis(out.main, at[:, :, None], 1)
+  cache, hidden, streams, taps = _read(model, drafter, prompt, length, slots)
+  last = jnp.take_along_axis(hidden, length[:, None, None] - 1, 1)
   logits = model.logits(last)
   depth = jnp.zeros((batch, 1), jnp.int32)
   seen = None
@@ -101,19 +94,6 @@ def prefill(
     one = jnp.ones_like(root)
     stop_state, stopped = stops.walk(stop, one - 1, root[:, None], one)
     done |= stopped[:, 0]
-  cache = commit(
-    empty(
-      batch,
-      slots,
-      config.num_layers,
-      config.num_kv_heads,
-      config.head_dim,
-      config.dtype,
-    ),
-    out.kv,
-    None,
-    length,
-  )
   tree, state = drafter.propose(
     params,
     drafter.init(params, batch, slots),
@@ -122,9 +102,9 @@ def prefill(
       position=length,
       tokens=prompt,
       count=length,
-      hidden=out.main,
-      streams=None if out.streams is None else out.streams[:, 0],
-      taps=out.taps,
+      hidden=hidden,
+      streams=streams,
+      taps=taps,
       sampling=sampling,
     ),
   )
@@ -146,6 +126,64 @@ def prefill(
     done=done,
     broken=broken,
   )
+
+
+def _read(model, drafter: Drafter, prompt, length, slots: int):
+  """-> the cache, hidden states [B, P, D], streams [B, J, D] of the last token
+  or None, taps [B, P, n, D] or None.
+
+  Chunk by chunk, each of which attends to those before it in the cache: scores
+  take the memory of CHUNK rows, not of P. The first is what is left over.
+  """
+  config = model.config
+  batch, bucket = prompt.shape
+  head = (bucket - 1) % CHUNK + 1
+
+  def read(cache, start, tokens, seen):
+    order = start + jnp.arange(tokens.shape[1])
+    at = length - 1 - start
+    at = jnp.where((at >= 0) & (at < len(order)), at, -1)[:, None]
+    out = forward(
+      model,
+      tokens,
+      jnp.broadcast_to(order, tokens.shape),
+      causal_mask((order < length[:, None]).astype(jnp.int32)),
+      cache=seen,
+      streams=at if drafter.num_streams else None,
+      num_streams=drafter.num_streams,
+      taps=drafter.taps,
+    )
+    cache = commit(cache, out.kv, None, jnp.clip(length - start, 0, len(order)))
+    streams = None if out.streams is None else out.streams[:, 0]
+    return cache, (out.main, streams, out.taps)
+
+  cache = empty(
+    batch,
+    slots,
+    config.num_layers,
+    config.num_kv_heads,
+    config.head_dim,
+    config.dtype,
+  )
+  cache, (hidden, streams, taps) = read(cache, 0, prompt[:, :head], None)
+  if head == bucket:
+    return cache, hidden, streams, taps
+  rest = prompt[:, head:].reshape(batch, -1, CHUNK).swapaxes(0, 1)
+  starts = head + CHUNK * jnp.arange(len(rest), dtype=jnp.int32)
+  cache, more = jax.lax.scan(
+    lambda cache, x: read(cache, *x, cache), cache, (starts, rest)
+  )
+  if streams is not None:
+    which = jnp.maximum(length - 1 - head + CHUNK, 0) // CHUNK  # [B]
+    every = jnp.concatenate([streams[None], more[1]])  # by chunk
+    streams = every[which, jnp.arange(batch)]
+
+  def join(first, rest):  # [B, P', ...], [chunks, B, CHUNK, ...]
+    rest = rest.swapaxes(0, 1).reshape(batch, -1, *rest.shape[3:])
+    return jnp.concatenate([first, rest], 1)
+
+  taps = None if taps is None else join(taps, more[2])
+  return cache, join(hidden, more[0]), streams, taps
 
 
 def step(params: Params, drafter: Drafter, state: DecodeState) -> DecodeState:

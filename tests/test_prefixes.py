@@ -1,4 +1,5 @@
-"""Attention over the slots that are in use, whatever the cache's size."""
+"""Attention over the slots that are in use, whatever the cache's size; and
+prompts that are read chunk by chunk."""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +8,7 @@ import pytest
 from random_drafters import CASES, make
 from random_models import in_short, random_requests
 
+from spec_stream import step
 from spec_stream.decode import Decoder, collect
 from spec_stream.drafters.none import NoDraft
 from spec_stream.models import attention, tree_attention
@@ -119,3 +121,39 @@ def test_a_cache_may_be_larger_than_it_must(slots):
   )
   assert state.cache.num_slots >= max(slots, 20)
   assert (state.cache.num_slots == 80) == (slots == 80)
+
+
+@pytest.mark.parametrize(
+  "name", in_short(CASES, ("streams, corrected", "eagle, fused"))
+)
+def test_prompts_in_chunks(x64, monkeypatch, name):
+  """State and tokens are those of prompts that are read in one pass; lengths
+  before, at and behind the ends of chunks."""
+  prompts = [[1 + (i * i) % 9 for i in range(n)] for n in (1, 6, 7, 13, 14, 30)]
+  options = dict(max_new_tokens=9)
+  model, own = make(CASES[name], 5)
+  decoder = Decoder(model, CASES[name].drafter, own)
+  monkeypatch.setattr(step, "CHUNK", 32)
+  whole = decoder.start(prompts, **options)
+  jax.clear_caches()
+  monkeypatch.setattr(step, "CHUNK", 7)  # 4, then 7 at a time
+  parts = decoder.start(prompts, **options)
+  jax.clear_caches()
+  assert parts.cache.length.tolist() == [*map(len, prompts)]
+  used = jnp.arange(parts.cache.num_slots) < parts.cache.length[:, None]
+  for (k, v), (same_k, same_v) in zip(
+    parts.cache.layers, whole.cache.layers, strict=True
+  ):
+    masks = used[:, None, None], used[:, None, :, None]
+    for x, same, mask in zip((k, v), (same_k, same_v), masks, strict=True):
+      found, expected = jnp.where(mask, x, 0), jnp.where(mask, same, 0)
+      np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+  for x, same in zip(
+    jax.tree.leaves((parts.tree, parts.tokens)),
+    jax.tree.leaves((whole.tree, whole.tokens)),
+    strict=True,
+  ):
+    np.testing.assert_allclose(x, same, rtol=1e-9)
+  parts, whole = (collect(decoder.finish(x)) for x in (parts, whole))
+  assert [x.token_ids for x in parts] == [x.token_ids for x in whole]
+  assert [x.accepts for x in parts] == [x.accepts for x in whole]
