@@ -432,19 +432,19 @@ def test_rows_of_slices_become_two_tables(tmp_path, capsys):
 def test_steps_at_each_length_of_a_large_cache(tmp_path, capsys, monkeypatch):
   monkeypatch.syspath_prepend(ROOT / "experiments" / "step_cost")
   lengths = script("step_cost", "lengths.py")
-  args = "--shape=tiny --slots=320 --lengths=9,200 --nodes=4 --new=6"
+  args = "--shape=tiny --slots=240,320 --lengths=9,200 --nodes=4 --new=6"
   out = tmp_path / "rows.jsonl"
   assert lengths.main([*args.split(), "--rounds=1", f"--out={out}"]) == 0
   rows = [json.loads(line) for line in out.read_text().splitlines()]
-  assert [(r["method"], r["length"]) for r in rows] == [
-    ("plain", 9),
-    ("4 nodes", 9),
-    ("plain", 200),
-    ("4 nodes", 200),
+  assert [(r["method"], r["slots"], r["length"]) for r in rows] == [
+    (method, slots, length)
+    for method in ("plain", "4 nodes")
+    for slots in (240, 320)
+    for length in (9, 200)
   ]
-  assert all(r["step_ms"] > 0 and r["slots"] == 320 for r in rows)
-  assert [r["of_longest"] for r in rows[2:]] == [1, 1]
-  assert len(capsys.readouterr().out.splitlines()) == 5
+  assert all(r["step_ms"] > 0 and r["attention"] == "whole" for r in rows)
+  assert [r["to_longest"] for r in rows[1::2]] == 4 * [1]
+  assert len(capsys.readouterr().out.splitlines()) == 9
 
 
 def test_products_are_timed_each_way(monkeypatch, capsys):

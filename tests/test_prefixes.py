@@ -18,6 +18,7 @@ from spec_stream.models import attention, tree_attention
 def short(monkeypatch):
   """Prefixes of 4, 8, 16, ... slots: tiny caches have several."""
   monkeypatch.setattr(attention, "SHORTEST", 4)
+  monkeypatch.setitem(attention.ON, "cpu", "prefixes")
   jax.clear_caches()
   yield
   jax.clear_caches()
@@ -80,7 +81,7 @@ def test_tokens_where_a_step_reads_more_and_more(x64, short, name):
     fast = collect(fast.finish(fast.start(prompts, slots=80, **options)))
     plain = Decoder(model, NoDraft())
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(attention, "SHORTEST", 4096)
+      patch.setitem(attention.ON, "cpu", "whole")
       jax.clear_caches()
       plain = collect(plain.finish(plain.start(prompts, slots=80, **options)))
     jax.clear_caches()

@@ -1,13 +1,13 @@
 """Does a step's cost grow with what is committed, or with the cache's slots?
 
-  python experiments/step_cost/lengths.py [--shape=86m] [--slots=2112]
+  python experiments/step_cost/lengths.py [--shape=86m] [--slots=2112,4160]
     [--lengths=100,500,1000,2000] [--nodes=8] [--attention=prefixes]
     [--out=F.jsonl]
 
-Random prompts of each length, in a cache of `--slots` and in one as small as
-the length allows, are decoded plainly and with drafts of `--nodes`, in turns
-within one process: milliseconds a step, the median of the rounds, with the
-prefill left out; and that over the same step's at the largest length.
+Random prompts of each length, in caches of each size of `--slots`, are decoded
+plainly and with drafts of `--nodes`, in turns within one process: milliseconds
+a step, the median of the rounds, with the prefill left out; and that over the
+same step's at the largest length.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--shape", default="86m", choices=SHAPES)
-  parser.add_argument("--slots", type=int, default=2112)
+  parser.add_argument("--slots", default="2112", help="of the caches")
   parser.add_argument("--lengths", default="100,500,1000,2000")
   parser.add_argument("--nodes", type=int, default=8, help="of the drafts")
   parser.add_argument("--new", type=int, default=32, help="tokens to decode")
@@ -69,21 +69,23 @@ def main(argv: list[str]) -> int:
       model, StreamDraft(TreeSpec("best_first", args.nodes))
     ),
   }
-  rng, prompts = np.random.default_rng(0), {}
-  for length in map(int, args.lengths.split(",")):
-    prompts[length] = rng.integers(1, config.vocab_size, length).tolist()
+  numbers = lambda text: [int(x) for x in text.split(",")]
+  rng = np.random.default_rng(0)
+  prompts = {
+    length: rng.integers(1, config.vocab_size, length).tolist()
+    for length in numbers(args.lengths)
+  }
   cases = [
-    (length, name, slots)
-    for length in prompts
+    (name, slots, length)
     for name in methods
-    for slots in (args.slots, 0)
+    for slots in numbers(args.slots)
+    for length in prompts
   ]
   times = {case: [] for case in cases}
-  for _ in range(args.rounds + 1):
-    for length, name, slots in cases:
+  for _ in range(args.rounds + 1):  # the first compiles
+    for name, slots, length in cases:
       found = step_ms(methods[name], prompts[length], slots, args.new)
-      times[length, name, slots].append(found)
-  # The first round compiles.
+      times[name, slots, length].append(found)
   middle = {case: statistics.median(t[1:]) for case, t in times.items()}
   longest = max(prompts)
   rows = [
@@ -91,24 +93,21 @@ def main(argv: list[str]) -> int:
       "shape": args.shape,
       "attention": attention.ON.get(platform, "whole"),
       "method": name,
+      "slots": slots,
       "length": length,
-      "slots": args.slots,
-      "step_ms": middle[length, name, args.slots],
-      "step_ms_least_slots": middle[length, name, 0],
-      "of_longest": middle[length, name, args.slots]
-      / middle[longest, name, args.slots],
+      "step_ms": middle[name, slots, length],
+      "to_longest": middle[name, slots, length] / middle[name, slots, longest],
     }
-    for length in prompts
-    for name in methods
+    for name, slots, length in cases
   ]
   if args.out:
     metrics.append_jsonl(args.out, rows)
   columns = {
     "step": [row["method"] for row in rows],
+    "slots": [f"{row['slots']:,}" for row in rows],
     "committed": [f"{row['length']:,}" for row in rows],
-    f"ms, {args.slots} slots": [f"{row['step_ms']:.1f}" for row in rows],
-    "ms, least slots": [f"{row['step_ms_least_slots']:.1f}" for row in rows],
-    f"to {longest}": [f"{row['of_longest']:.2f}" for row in rows],
+    "ms": [f"{row['step_ms']:.1f}" for row in rows],
+    f"to {longest}": [f"{row['to_longest']:.2f}" for row in rows],
   }
   print(table(columns, ("step",)))
   return 0

@@ -218,11 +218,12 @@ def _by_kernel(cap: float, q, k, v, rows: Rows, cache, length):
   )
 
 
-# How the cache is read, and on which platform: there what measured fastest, and
-# `whole` where nothing was measured. experiments/step_cost/lengths.py tries
-# another; `kernel` is of one device, for XLA cannot split it over a mesh.
+# How the cache is read, and on which platform another way than `whole`: where
+# it measured faster. On a CPU `prefixes` did not, for XLA copies what it slices
+# there; on others nothing was measured. experiments/step_cost has the times and
+# tries each. `kernel` is of one TPU: XLA cannot split it over a mesh.
 WAYS = {"whole": _whole, "prefixes": _by_prefix, "kernel": _by_kernel}
-ON = {"cpu": "prefixes"}
+ON: dict[str, str] = {}
 
 
 def prefixes(slots: int) -> list[int]:
