@@ -159,19 +159,35 @@ class Program:
 
   def copies(self, name: str, size: int) -> list[str]:
     """Instructions that copy an array of `size` bytes or more within the large
-    memory, in a computation and all that it calls."""
+    memory, in a computation and all that it calls. Of a fusion its results: an
+    order in which it reads what it then multiplies is written nowhere."""
     found = []
     for i in self.computations[name].values():
-      if i.op in ("copy", "copy-start"):
-        arrays = _arrays(i.shape)
-        inside = self.computations[name]
-        source = _large(inside[i.operands[0]].shape)
-        if arrays[0][0] >= size and arrays[0][1] and source:
-          found.append(i.name)
-      called = re.findall(r"(?:calls|body|to_apply)=%?([\w.\-]+)", i.rest)
+      inside, made = self.computations[name], [i]
+      if i.op == "fusion":
+        inside = self.computations[i.called("calls")]
+        made = [result for result, _ in self._made(i)]
+      for copy in made:
+        if copy.op in ("copy", "copy-start"):
+          arrays = _arrays(copy.shape)
+          source = _large(inside[copy.operands[0]].shape)
+          if arrays[0][0] >= size and arrays[0][1] and source:
+            found.append(copy.name)
+      called = re.findall(r"(?:body|to_apply)=%?([\w.\-]+)", i.rest)
       for other in (*called, *self._branches(i)):
         found += self.copies(other, size)
     return found
+
+  def _made(self, i: Instruction):
+    """A fusion's results: (what makes it, (bytes, whether in large memory))."""
+    inside = self.computations[i.called("calls")]
+    (root,) = (x for x in inside.values() if x.root)
+    many = root.op == "tuple"
+    results = [inside[n] for n in root.operands] if many else [root]
+    for result, array in zip(results, _arrays(i.shape)):
+      while result.op == "bitcast":
+        result = inside[result.operands[0]]
+      yield result, array
 
   def _moved(self, i: Instruction, inside) -> int:
     shapes = [inside[name].shape for name in i.operands if name in inside]
@@ -210,12 +226,7 @@ class Program:
       if _large(shape) and not shape.startswith("("):
         read = _read(parameters[at].name, inside, under_way)
         total += min(read, _size(shape))
-    (root,) = (x for x in inside.values() if x.root)
-    many = root.op == "tuple"
-    results = [inside[n] for n in root.operands] if many else [root]
-    for result, (size, large) in zip(results, _arrays(i.shape)):
-      while result.op == "bitcast":
-        result = inside[result.operands[0]]
+    for result, (size, large) in self._made(i):
       if result.op == "parameter" or result.name in under_way:
         continue
       if result.op in _UPDATES:

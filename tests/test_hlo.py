@@ -274,3 +274,27 @@ ENTRY %main (a: f32[8], b: f32[2]) -> f32[32] {
   found = hlo.Program(text).traffic("main")
   assert found.collectives == (("all-gather", 1, 128),)
   assert found.bytes == 4 * (8 + 32 + 2 + 2)
+
+
+def test_of_a_fusion_what_it_writes_is_a_copy():
+  text = """
+%read (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %order = f32[8]{0} copy(%p)
+  ROOT %n = f32[8]{0} negate(%order)
+}
+
+%write (q: f32[8]) -> (f32[8], f32[8]) {
+  %q = f32[8]{0} parameter(0)
+  %written = f32[8]{0} copy(%q)
+  %m = f32[8]{0} negate(%q)
+  ROOT %both = (f32[8]{0}, f32[8]{0}) tuple(%m, %written)
+}
+
+ENTRY %main (x: f32[8]) -> (f32[8], f32[8]) {
+  %x = f32[8]{0} parameter(0)
+  %f = f32[8]{0} fusion(%x), kind=kLoop, calls=%read
+  ROOT %g = (f32[8]{0}, f32[8]{0}) fusion(%f), kind=kLoop, calls=%write
+}
+"""
+  assert hlo.Program(text).copies("main", 32) == ["written"]
