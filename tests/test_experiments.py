@@ -424,7 +424,8 @@ def test_rows_of_slices_become_two_tables(tmp_path, capsys):
     "1.25, arithmetic |",
     lines[2 + lines.index("train:")],
     "| v5e 4x4, Llama-3.1-8B | 1 | does not fit: 33.9G |  |  |  |  |",
-    "|  | 7 | 1.50 + 0.25 | 5,000 | unread | unread |  |",
+    "|  | 7 | 1.50 + 0.25 | 5,000 | unread | unread | "
+    "at least 25.4, arithmetic |",
   ]
   assert tables.main(["nowhere"]) == 2
 

@@ -9,6 +9,8 @@ import json
 import pathlib
 import sys
 
+from spec_stream import roofline
+
 SHAPES = {
   "llama2_7b": "Llama-2-7B",
   "llama3_8b": "Llama-3.1-8B",
@@ -59,8 +61,10 @@ def cells(row: dict, plain: dict | None) -> list[str]:
     f"{memory['arguments'] / 1e9:.2f} + {memory['temporaries'] / 1e9:.2f}",
     against(row, plain, "flops", 1e9),
   ]
-  if "bytes" not in row:
-    return [*found, "unread", "unread", ""]
+  if "bytes" not in row:  # what its products alone take
+    chip = roofline.CHIPS[row["topology"].split(":")[0]]
+    least = number(1e3 * row["flops"] / chip.flops)
+    return [*found, "unread", "unread", f"at least {least}, arithmetic"]
   count, size = map(sum, zip(*row["collectives"].values(), strict=True))
   size = f"{size / 1e9:.1f} GB" if size > 1e9 else f"{size / 1e6:.1f} MB"
   bound = {"FLOPs": "arithmetic"}.get(row["bound"], row["bound"])
