@@ -17,6 +17,7 @@ import logging
 import pathlib
 import shutil
 import sys
+import warnings
 
 import jax
 import orbax.checkpoint as ocp
@@ -26,6 +27,12 @@ from spec_stream.errors import UserError, short
 from spec_stream.weights import Weights
 
 _QUIET = ("orbax", "absl", "jax", "array_record", "grain")
+# Of what is under way when a read fails, see `_silence`.
+_READERS = ("orbax", "OCDBT", "TensorStore", "_GatheringFuture")
+_NEVER_AWAITED = (
+  "coroutine '(_read_array_index_and_device_put|_read_and_create_array|"
+  "async_deserialize|_read_shard)' was never awaited"
+)
 
 
 def _directory(workdir) -> pathlib.Path:
@@ -238,17 +245,20 @@ def _silence():
   for name in _QUIET:
     logging.getLogger(name).setLevel(logging.ERROR)
   logging.getLogger("asyncio").addFilter(_is_news)
+  warnings.filterwarnings("ignore", _NEVER_AWAITED, RuntimeWarning)
   hook = sys.unraisablehook
   if getattr(hook, "func", None) is not _unraisable:
     sys.unraisablehook = functools.partial(_unraisable, hook)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-  return "_GatheringFuture exception was never" not in record.getMessage()
+  text = record.getMessage()
+  never = "exception was never retrieved" in text
+  return not (never and any(word in text for word in _READERS))
 
 
 def _unraisable(otherwise, caught):
-  if str(caught.exc_value) == "Event loop is closed":
+  if caught.object is None and str(caught.exc_value) == "Event loop is closed":
     return
   code = getattr(caught.object, "cr_code", None)  # a coroutine never ended
   if code and "orbax" in pathlib.Path(code.co_filename).parts:

@@ -24,7 +24,7 @@ TESTS = pathlib.Path(__file__).parent
 LAUNCH = TESTS.parent / "launch"
 # Makes each call as the shell would, but for the start of the process.
 DRIVER = """
-import contextlib, importlib, io, json, sys
+import contextlib, gc, importlib, io, json, sys
 name, small_data, calls = sys.argv[1], int(sys.argv[2]), json.load(sys.stdin)
 import common, tiny
 from absl import flags
@@ -49,6 +49,7 @@ for args, before in calls:
     except SystemExit as stop:
       code = stop.code or 0
   done.append([code, out.getvalue(), err.getvalue()])
+  gc.collect()  # what a failed read leaves behind is not the next call's
 print(json.dumps(done))
 """
 
