@@ -10,6 +10,7 @@ Letters: B batch row, M tree nodes.
 
 import dataclasses
 import functools
+import operator
 import time
 from collections.abc import Iterator, Sequence
 
@@ -163,7 +164,7 @@ class Decoder:
     batch = len(prompts)
     limits = np.broadcast_to(np.asarray(max_new_tokens, np.int64), (batch,))
     least, bucket, num_new = self._sizes(prompts, limits)
-    slots = max(least, -(-slots // 16) * 16)
+    slots = self._slots(least, slots)
     ends = np.atleast_1d(np.asarray(end_token, np.int64))
     for end in ends:
       if not -1 <= end < self.config.vocab_size:
@@ -228,6 +229,20 @@ class Decoder:
     num_new = min(_round_up(int(limits.max())), most)
     slots = bucket + num_new + self.drafter.longest
     return -(-slots // 16) * 16, bucket, num_new
+
+  def _slots(self, least: int, slots: int) -> int:
+    """Those asked for, rounded up, or what these requests need."""
+    most = 2 * _round_up(self.config.max_positions) + self.drafter.longest
+    try:
+      wrong = not 0 <= operator.index(slots) <= most
+    except TypeError:
+      wrong = True
+    if wrong:
+      raise UserError(
+        f"slots={slots} must be a whole number from 0 to {most}, what prompts "
+        f"and outputs of model.max_positions={self.config.max_positions} need"
+      )
+    return max(least, -(-slots // 16) * 16)
 
   def check(self, prompts: Sequence[Sequence[int]], limits):
     """Raises: UserError, naming the prompt by its place, if one is empty, too
@@ -334,7 +349,8 @@ def generate(
     **settings: max_new_tokens=128 and those of `sampling.make`, one value or
       one per prompt; end_token=-1 (none), or several, any of which ends a row;
       stop=(), sequences of token ids that do, or a table of `stops` for text;
-      slots=0, of the cache, so that prompts of all lengths share one loop.
+      slots=0, the least of the cache: prompts of all lengths that fit it
+      share one loop, if max_new_tokens is the same.
       The noise of a request depends on its seed and on positions alone: the
       same prompt and seed give the same tokens in any batch, with any drafter.
 

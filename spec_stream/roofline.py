@@ -49,6 +49,8 @@ def _flops(jaxpr) -> int:
       total += 2 * math.prod(equation.outvars[0].aval.shape) * summed
       continue
     times = equation.params.get("length", 1)  # of a scan
+    if equation.primitive.name == "pallas_call":  # of a block of its grid
+      times = math.prod(equation.params["grid_mapping"].grid)
     inside = [_flops(sub) for sub in _within(equation.params)]
     if equation.primitive.name == "platform_index":
       by_platform += equation.outvars

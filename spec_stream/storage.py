@@ -17,6 +17,7 @@ import logging
 import pathlib
 import shutil
 import sys
+import traceback
 import warnings
 
 import jax
@@ -28,7 +29,7 @@ from spec_stream.weights import Weights
 
 _QUIET = ("orbax", "absl", "jax", "array_record", "grain")
 # Of what is under way when a read fails, see `_silence`.
-_READERS = ("orbax", "OCDBT", "TensorStore", "_GatheringFuture")
+_READERS = ("orbax", "OCDBT", "TensorStore")
 _NEVER_AWAITED = (
   "coroutine '(_read_array_index_and_device_put|_read_and_create_array|"
   "async_deserialize|_read_shard)' was never awaited"
@@ -53,7 +54,7 @@ class Saver:
   """Saves in the background and keeps the last `keep` checkpoints.
 
   with Saver(workdir, keep=2) as saver:
-    saver.save(state, iterator)
+    saver.save(step, weights, opt_state, iterator)
 
   tokenizer, model: its hash, and the settings of `to_dict`, for the manifest.
   """
@@ -253,14 +254,21 @@ def _silence():
 
 def _is_news(record: logging.LogRecord) -> bool:
   text = record.getMessage()
-  never = "exception was never retrieved" in text
-  return not (never and any(word in text for word in _READERS))
+  if "exception was never retrieved" not in text:
+    return True
+  through = traceback.extract_tb(record.exc_info[2]) if record.exc_info else ()
+  reader = any(map(_is_of_orbax, (frame.filename for frame in through)))
+  return not (reader or any(word in text for word in _READERS))
+
+
+def _is_of_orbax(filename: str) -> bool:
+  return "orbax" in pathlib.Path(filename).parts
 
 
 def _unraisable(otherwise, caught):
   if caught.object is None and str(caught.exc_value) == "Event loop is closed":
     return
   code = getattr(caught.object, "cr_code", None)  # a coroutine never ended
-  if code and "orbax" in pathlib.Path(code.co_filename).parts:
+  if code and _is_of_orbax(code.co_filename):
     return
   otherwise(caught)

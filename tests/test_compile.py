@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import tiny
+from jax.experimental import pallas as pl
 from random_models import in_short
 
 from spec_stream import (
@@ -29,6 +30,24 @@ from spec_stream.models.config import ModelConfig, StreamConfig
 from spec_stream.models.lora import matmul
 
 ROOT = pathlib.Path(__file__).parent.parent
+
+
+def test_flops_of_a_kernel_are_those_of_all_its_blocks():
+  def kernel(x, y, out):
+    out[...] = x[...] @ y[...]
+
+  product = pl.pallas_call(
+    kernel,
+    out_shape=jax.ShapeDtypeStruct((6, 7), "float32"),
+    grid=(3,),
+    in_specs=[
+      pl.BlockSpec((2, 5), lambda i: (i, 0)),
+      pl.BlockSpec((5, 7), lambda i: (0, 0)),
+    ],
+    out_specs=pl.BlockSpec((2, 7), lambda i: (i, 0)),
+  )
+  args = jnp.zeros((6, 5)), jnp.zeros((5, 7))
+  assert roofline.flops(product, *args) == 2 * 6 * 5 * 7
 
 
 def test_flops_are_those_of_the_products():

@@ -4,20 +4,23 @@ import csv
 import dataclasses
 import gzip
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 import tiny
 
-from spec_stream import checkpoints, weights
+from spec_stream import UserError, checkpoints, weights
 from spec_stream.data.pipeline import DataConfig
 from spec_stream.data.tokenizer import Tokenizer
 from spec_stream.decode import Generation
+from spec_stream.models import attention
 from spec_stream.models.config import to_dict
 from spec_stream.models.transformer import ALL, causal_mask, forward
 
@@ -413,7 +416,14 @@ def test_rows_of_slices_become_two_tables(tmp_path, capsys):
     "memory": plain["memory"],
     "flops": 5e12,
   }
-  for i, row in enumerate((fast, plain, large, unread)):
+  alone = unread | {
+    "num_streams": 3,
+    "bytes": 2e9,
+    "collectives": {},
+    "roofline_ms": 250.4,
+    "bound": "links",
+  }
+  for i, row in enumerate((fast, plain, large, unread, alone)):
     (tmp_path / f"{i}.jsonl").write_text(json.dumps(row) + "\n")
   assert tables.main([str(tmp_path)]) == 0
   lines = capsys.readouterr().out.splitlines()
@@ -422,30 +432,66 @@ def test_rows_of_slices_become_two_tables(tmp_path, capsys):
     "1.25, memory |",
     "|  | 3 | 1.50 + 0.25 | 36, 18.00 | 0.99, 1.10 | 4, 2.5 MB | "
     "1.25, arithmetic |",
-    lines[2 + lines.index("train:")],
+    "| slice, shape | J | held + temporaries, GB | GFLOP | bytes, GB | "
+    "collectives | roofline, ms |",
     "| v5e 4x4, Llama-3.1-8B | 1 | does not fit: 33.9G |  |  |  |  |",
+    "|  | 3 | 1.50 + 0.25 | 5,000 | 2 | 0, 0.0 MB | 250, links |",
     "|  | 7 | 1.50 + 0.25 | 5,000 | unread | unread | "
     "at least 25.4, arithmetic |",
   ]
   assert tables.main(["nowhere"]) == 2
+  other = json.dumps(plain | {"topology": "v4:2x2x1"})
+  (tmp_path / "9.jsonl").write_text(other)
+  with pytest.raises(SystemExit, match="9.jsonl: v4:2x2x1, llama3_8b is no"):
+    tables.main([str(tmp_path)])
 
 
 def test_steps_at_each_length_of_a_large_cache(tmp_path, capsys, monkeypatch):
   monkeypatch.syspath_prepend(ROOT / "experiments" / "step_cost")
   lengths = script("step_cost", "lengths.py")
-  args = "--shape=tiny --slots=240,320 --lengths=9,200 --nodes=4 --new=6"
+  calls, step_ms = [], lengths.step_ms
+
+  def timed(decoder, prompt, slots, new):
+    assert new == 6 and step_ms(decoder, prompt, slots, new) > 0
+    nodes = decoder.drafter.tree.num_nodes if decoder.drafter.longest > 1 else 1
+    calls.append((nodes, slots, len(prompt)))
+    return float(len(calls))
+
+  monkeypatch.setattr(lengths, "step_ms", timed)
+  args = "--shape=tiny --slots=288,320 --lengths=9,200 --nodes=4 --new=6"
   out = tmp_path / "rows.jsonl"
   assert lengths.main([*args.split(), "--rounds=1", f"--out={out}"]) == 0
+  assert calls == 2 * list(itertools.product((1, 4), (288, 320), (9, 200)))
   rows = [json.loads(line) for line in out.read_text().splitlines()]
   assert [(r["method"], r["slots"], r["length"]) for r in rows] == [
     (method, slots, length)
     for method in ("plain", "4 nodes")
-    for slots in (240, 320)
+    for slots in (288, 320)
     for length in (9, 200)
   ]
-  assert all(r["step_ms"] > 0 and r["attention"] == "whole" for r in rows)
-  assert [r["to_longest"] for r in rows[1::2]] == 4 * [1]
+  assert [r["step_ms"] for r in rows] == list(range(9, 17))
+  assert {r["attention"] for r in rows} == {"whole"}
+  assert [r["to_longest"] for r in rows[:3]] == [9 / 10, 1, 11 / 12]
   assert len(capsys.readouterr().out.splitlines()) == 9
+  for wrong, words in (
+    ("--slots=208", "take a cache of 288"),
+    ("--rounds=0", "--rounds must be"),
+    ("--attention=kernel", "is for a TPU"),
+  ):
+    with pytest.raises(UserError, match=words):
+      lengths.main([*args.split(), wrong])
+
+
+def test_ways_of_reading_a_cache_are_compiled(monkeypatch, capsys):
+  monkeypatch.syspath_prepend(ROOT / "experiments" / "step_cost")
+  monkeypatch.setattr(attention, "ON", {})
+  ways = script("step_cost", "ways.py")
+  args = "--target=cpu --shape=tiny --slots=256 --nodes=1"
+  assert ways.main(args.split()) == 0
+  head, *rows = (x.split() for x in capsys.readouterr().out.splitlines())
+  assert head[:4] == ["nodes", "way", "MB", "copies"]
+  assert [row[:2] for row in rows] == [["1", "whole"], ["1", "prefixes"]]
+  jax.clear_caches()
 
 
 def test_products_are_timed_each_way(monkeypatch, capsys):

@@ -193,7 +193,7 @@ def test_a_checkpoint_moves_to_other_meshes_bit_for_bit(tmp_path, x64):
   code = f"""
 import jax, numpy as np
 jax.config.update("jax_enable_x64", True)
-from spec_stream import checkpoints, sharding, storage
+from spec_stream import checkpoints, sharding
 model = checkpoints.model_config.from_dict(
   checkpoints.read_config({str(tmp_path)!r})["model"])
 mesh = sharding.make_mesh(1, 8, 1)

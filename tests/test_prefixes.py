@@ -1,6 +1,8 @@
 """Attention over the slots that are in use, whatever the cache's size; and
 prompts that are read chunk by chunk."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from random_drafters import CASES, make
 from random_models import in_short, random_requests
 
-from spec_stream import step
+from spec_stream import UserError, step
 from spec_stream.decode import Decoder, collect
 from spec_stream.drafters.none import NoDraft
 from spec_stream.models import attention, tree_attention
@@ -17,13 +19,32 @@ SEEDS = range(4)
 
 
 @pytest.fixture
-def short(monkeypatch):
-  """Prefixes of 4, 8, 16, ... slots: tiny caches have several."""
-  monkeypatch.setattr(attention, "SHORTEST", 4)
-  monkeypatch.setitem(attention.ON, "cpu", "prefixes")
+def anew():
+  """Forgets what was compiled, and whatever the test compiled."""
   jax.clear_caches()
   yield
   jax.clear_caches()
+
+
+@pytest.fixture
+def short(monkeypatch, anew):
+  """Prefixes of 4, 8, 16, ... slots: tiny caches have several."""
+  monkeypatch.setattr(attention, "SHORTEST", 4)
+  monkeypatch.setitem(attention.ON, "cpu", "prefixes")
+
+
+@pytest.fixture
+def kernel(monkeypatch, anew):
+  """The kernel, interpreted, of blocks of 16 slots; -> its calls."""
+  attend, calls = tree_attention.attend, []
+
+  def interpreted(*args, **keys):
+    calls.append(args)
+    return attend(*args, **keys, block=16, interpret=True)
+
+  monkeypatch.setattr(tree_attention, "attend", interpreted)
+  monkeypatch.setitem(attention.ON, "cpu", "kernel")
+  return calls
 
 
 def test_sizes_double_up_to_the_slots():
@@ -91,26 +112,62 @@ def test_tokens_where_a_step_reads_more_and_more(x64, short, name):
 
 
 @pytest.mark.parametrize("name", in_short(CASES, ("streams, corrected",)))
-def test_tokens_with_the_kernel(x64, monkeypatch, name):
-  """Interpreted; of a cache whose end is inside of a block."""
-  attend, called = tree_attention.attend, []
-
-  def kernel(*args, **keys):
-    called.append(args)
-    return attend(*args, **keys, block=16, interpret=True)
-
-  prompts, options = random_requests(3, 3)
-  model, own = make(CASES[name], 3)
+def test_tokens_of_a_queue_of_prompts(x64, short, name):
+  """Rows at places of their own, and prompts read while others decode."""
+  prompts, options = random_requests(7, 5)
+  model, own = make(CASES[name], 7)
   fast = Decoder(model, CASES[name].drafter, own)
+  fast = collect(fast.serve(prompts, 2, slots=80, **options))
+  jax.clear_caches()
+  attention.ON["cpu"] = "whole"  # until the end of the test
   plain = Decoder(model, NoDraft())
-  plain = collect(plain.finish(plain.start(prompts, slots=72, **options)))
-  monkeypatch.setattr(tree_attention, "attend", kernel)
-  monkeypatch.setitem(attention.ON, "cpu", "kernel")
-  jax.clear_caches()
-  fast = collect(fast.finish(fast.start(prompts, slots=72, **options)))
-  jax.clear_caches()
+  plain = collect(plain.finish(plain.start(prompts, slots=80, **options)))
   assert [x.token_ids for x in fast] == [x.token_ids for x in plain]
-  assert called
+
+
+@pytest.mark.parametrize("name", in_short(CASES, ("streams, corrected",)))
+@pytest.mark.parametrize("window", [0, 6])
+def test_tokens_with_the_kernel(x64, kernel, name, window):
+  """Of a cache whose end is inside of a block; in every second layer of which
+  a row sees no more than a window."""
+  prompts, options = random_requests(3, 3)
+  case = CASES[name]
+  if window:
+    slides = dict(sliding_window=window, sliding_layers=(0, 2))
+    case = case._replace(target=dataclasses.replace(case.target, **slides))
+  model, own = make(case, 3)
+
+  def decode(*made):
+    made = Decoder(model, *made)
+    return collect(made.finish(made.start(prompts, slots=72, **options)))
+
+  fast = decode(case.drafter, own)
+  assert kernel
+  jax.clear_caches()
+  del attention.ON["cpu"], kernel[:]
+  plain = decode(NoDraft())
+  assert [x.token_ids for x in fast] == [x.token_ids for x in plain]
+  assert not kernel
+
+
+def test_a_chunk_of_many_rows_is_not_read_by_the_kernel(kernel, monkeypatch):
+  model, _ = make(CASES["streams, corrected"], 0, "float32")
+  groups = model.config.groups
+  decoder = Decoder(model, NoDraft())
+  for largest, calls in ((16 * groups, True), (16 * groups - 1, False)):
+    monkeypatch.setattr(tree_attention, "LARGEST", largest)
+    monkeypatch.setattr(step, "CHUNK", 16)
+    jax.clear_caches()
+    kernel.clear()
+    decoder.start([[1, 2, 3] * 10], max_new_tokens=4)
+    assert bool(kernel) == calls
+
+
+@pytest.mark.parametrize("slots", [-1, 3.5, "80", 10**6])
+def test_slots_that_are_none(slots):
+  model, _ = make(CASES["streams, corrected"], 0, "float32")
+  with pytest.raises(UserError, match=f"slots={slots} must be a whole number"):
+    Decoder(model, NoDraft()).start([[1]], max_new_tokens=4, slots=slots)
 
 
 @pytest.mark.parametrize("slots", [0, 80])
@@ -127,7 +184,7 @@ def test_a_cache_may_be_larger_than_it_must(slots):
 @pytest.mark.parametrize(
   "name", in_short(CASES, ("streams, corrected", "eagle, fused"))
 )
-def test_prompts_in_chunks(x64, monkeypatch, name):
+def test_prompts_in_chunks(x64, monkeypatch, anew, name):
   """State and tokens are those of prompts that are read in one pass; lengths
   before, at and behind the ends of chunks."""
   prompts = [[1 + (i * i) % 9 for i in range(n)] for n in (1, 6, 7, 13, 14, 30)]
@@ -139,7 +196,6 @@ def test_prompts_in_chunks(x64, monkeypatch, name):
   jax.clear_caches()
   monkeypatch.setattr(step, "CHUNK", 7)  # 4, then 7 at a time
   parts = decoder.start(prompts, **options)
-  jax.clear_caches()
   assert parts.cache.length.tolist() == [*map(len, prompts)]
   used = jnp.arange(parts.cache.num_slots) < parts.cache.length[:, None]
   for (k, v), (same_k, same_v) in zip(

@@ -2,7 +2,9 @@
 
   python experiments/slices/table.py OUT
 
-Figures are a chip's. After a comma: the ratio to the row without streams.
+Figures are a chip's. FLOPs and bytes have, after a comma, their ratio to the
+row without streams, where there is one. A shape or slice that run.sh does not
+know is refused.
 """
 
 import json
@@ -35,12 +37,15 @@ def read(folder: pathlib.Path) -> dict:
     for row in map(json.loads, path.read_text().splitlines()):
       kind = row["program"].split()[0]
       key = (kind, row["topology"], row["shape"], row["num_streams"])
+      if row["topology"] not in SLICES or row["shape"] not in SHAPES:
+        where = f"{row['topology']}, {row['shape']}"
+        sys.exit(f"error: {path}: {where} is no row of run.sh")
       rows[key] = row
   return rows
 
 
 def number(value: float) -> str:
-  """Three digits, or all of a whole number."""
+  """Three digits, or from 100 on all before the point."""
   return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -65,7 +70,8 @@ def cells(row: dict, plain: dict | None) -> list[str]:
     chip = roofline.CHIPS[row["topology"].split(":")[0]]
     least = number(1e3 * row["flops"] / chip.flops)
     return [*found, "unread", "unread", f"at least {least}, arithmetic"]
-  count, size = map(sum, zip(*row["collectives"].values(), strict=True))
+  counts = list(row["collectives"].values())
+  count, size = (sum(x[i] for x in counts) for i in (0, 1))
   size = f"{size / 1e9:.1f} GB" if size > 1e9 else f"{size / 1e6:.1f} MB"
   bound = {"FLOPs": "arithmetic"}.get(row["bound"], row["bound"])
   return [

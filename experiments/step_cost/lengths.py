@@ -30,8 +30,14 @@ from spec_stream.tree import TreeSpec
 
 
 def step_ms(decoder, prompt, slots: int, new: int) -> float:
-  """Of one decoding, without its prefill."""
+  """Of one decoding, without its prefill. Raises: UserError if it needs more
+  slots."""
   state = decoder.start([prompt], max_new_tokens=new, slots=slots)
+  if state.cache.num_slots != slots:
+    raise UserError(
+      f"--slots={slots}: a prompt of {len(prompt)} tokens and {new} new ones "
+      f"take a cache of {state.cache.num_slots}; of others, multiples of 16"
+    )
   jax.block_until_ready(state)
   begin = time.perf_counter()
   state = jax.block_until_ready(decoder.finish(state))
@@ -56,8 +62,12 @@ def main(argv: list[str]) -> int:
   )
   parser.add_argument("--out", default="", help=".jsonl file to add rows to")
   args = parser.parse_args(argv)
+  if args.rounds < 1 or args.new < 2:
+    raise UserError("--rounds must be 1 or more, and --new 2 or more")
   platform = jax.devices()[0].platform
   platform = {"gpu": "cuda"}.get(platform, platform)
+  if args.attention == "kernel" and platform != "tpu":
+    raise UserError("--attention=kernel is for a TPU, and there is none here")
   if args.attention:
     attention.ON[platform] = args.attention
   config = SHAPES[args.shape]

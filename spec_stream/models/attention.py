@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from spec_stream.models import segments, tree_attention
+from spec_stream.models import segments
 from spec_stream.models.config import ModelConfig
 from spec_stream.models.layers import (
   Norm,
@@ -208,7 +208,10 @@ def _by_prefix(cap: float, q, k, v, rows: Rows, cache, length):
 
 
 def _by_kernel(cap: float, q, k, v, rows: Rows, cache, length):
-  if rows.old is not None:  # a mask of its own for every row
+  from spec_stream.models import tree_attention  # Pallas is slow to import
+
+  many = q.shape[2] * q.shape[3] > tree_attention.LARGEST  # a prompt's chunk
+  if rows.old is not None or many:  # a mask of its own for every row
     return _whole(cap, q, k, v, rows, cache, length)
   first = None
   if rows.window:
@@ -221,7 +224,9 @@ def _by_kernel(cap: float, q, k, v, rows: Rows, cache, length):
 # How the cache is read, and on which platform another way than `whole`: where
 # it measured faster. On a CPU `prefixes` did not, for XLA copies what it slices
 # there; on others nothing was measured. experiments/step_cost has the times and
-# tries each. `kernel` is of one TPU: XLA cannot split it over a mesh.
+# tries each. `kernel` is of one TPU: XLA cannot split it over a mesh. By cpu,
+# tpu, cuda or rocm; what was compiled before a change stays as it was until
+# `jax.clear_caches`.
 WAYS = {"whole": _whole, "prefixes": _by_prefix, "kernel": _by_kernel}
 ON: dict[str, str] = {}
 

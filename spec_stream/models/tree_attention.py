@@ -23,6 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 from spec_stream.models.layers import softcap, wide
 
 BLOCK = 512  # slots
+LARGEST = 1024  # N: what a TPU's fast memory holds beside scores of a block
 _NEVER = -1e30  # finite: as in `scores`
 
 
@@ -39,7 +40,8 @@ def attend(
   block: int = BLOCK,
   interpret: bool = False,
 ) -> jax.Array:
-  """-> [B, K, R, G, H], as `attention` without this kernel has it.
+  """-> [B, K, R, G, H], as `attention` without this kernel has it, but for rows
+  that see nothing, which hold junk there and here. N is at most `LARGEST`.
 
   Args:
     q: [B, K, R, G, H] queries, scaled.
