@@ -5,7 +5,11 @@
 `step` call by call. Prompt lengths and limits are rounded up to buckets, so
 that a second prompt compiles nothing.
 
-Letters: B batch row, M tree nodes.
+A step reads all slots of the cache. So where much may be generated, the cache
+starts small: the loop ends when a row has no room for another step, and goes on
+as a program for twice the slots.
+
+Letters: B batch row, M tree nodes, S cache slots.
 """
 
 import dataclasses
@@ -20,18 +24,28 @@ import numpy as np
 from flax import nnx
 
 from spec_stream import refill, stops
+from spec_stream.cache import empty
 from spec_stream.drafters.base import Accepted, Drafter, Params, check_rule
 from spec_stream.drafters.streams import StreamDraft
 from spec_stream.errors import UserError
+from spec_stream.models.layers import wide
 from spec_stream.models.transformer import Transformer, for_decoding
 from spec_stream.sampling import make as make_sampling
-from spec_stream.step import DecodeState, prefill, step
+from spec_stream.step import (
+  DecodeState,
+  has_room,
+  prefill,
+  reads_head_once,
+  step,
+)
 from spec_stream.tree import TokenTree
 
 # Jitted entry points. Target and drafter's own weights (`Params`) travel as
 # (graphdef, weights): their structure is static, their weights are arguments.
 
 _STATIC = ("graphdef", "drafter", "slots", "num_new")
+
+SMALLEST = 256  # slots that a cache is made with at once, if it may need them
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
@@ -52,9 +66,21 @@ def _serve(graphdef, weights, drafter, slots, num_new, batch, requests):
 def _loop(graphdef, weights, drafter, state):
   params = nnx.merge(graphdef, weights)
   return jax.lax.while_loop(
-    lambda state: ~state.done.all(),
+    lambda state: (~state.done).any() & has_room(state, drafter),
     lambda state: step(params, drafter, state),
     state,
+  )
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "drafter", "slots"))
+def _grow(graphdef, weights, drafter, slots, cache, own):
+  """The cache and what the drafter holds, with room for `slots` tokens."""
+  params, batch = nnx.merge(graphdef, weights), len(cache.length)
+  heads, dtype = cache.layers[0][0].shape[1:3], cache.layers[0][0].dtype
+  new = empty(batch, slots, len(cache.layers), *heads, dtype)
+  put = lambda new, old: jax.lax.dynamic_update_slice(new, old, (0,) * old.ndim)
+  return jax.tree.map(
+    put, (new, drafter.init(params, batch, slots)), (cache, own)
   )
 
 
@@ -70,6 +96,11 @@ def _drafts(graphdef, weights, drafter, count, state):
   config = params.target.config
   zeros = lambda *shape: jnp.zeros((batch, *shape), config.dtype)
   longest, streams = drafter.longest, drafter.num_streams
+  num_nodes = drafter.prune.kept_nodes or drafter.num_nodes
+  stream_logits = None
+  if reads_head_once(params.target, drafter, batch, num_nodes):
+    known = (batch, drafter.stream_depth, config.vocab_size)
+    stream_logits = jnp.zeros(known, wide(config.dtype))
   accepted = Accepted(
     root=state.tree.tokens[:, 0],
     position=state.cache.length,
@@ -77,6 +108,7 @@ def _drafts(graphdef, weights, drafter, count, state):
     count=jnp.zeros(batch, jnp.int32),  # so that all may start at one place
     hidden=zeros(longest, config.width),
     streams=zeros(streams, config.width) if streams else None,
+    stream_logits=stream_logits,
     taps=zeros(longest, len(drafter.taps), config.width)
     if drafter.taps
     else None,
@@ -125,7 +157,7 @@ class Decoder:
 
   def start(self, prompts: Sequence[Sequence[int]], **settings) -> DecodeState:
     """Prefill of a batch of prompts; arguments as in `generate`."""
-    args, slots, num_new = self._requests(prompts, **settings)
+    args, slots, _, num_new = self._requests(prompts, **settings)
     return _prefill(
       self.graphdef, self.weights, self.drafter, slots, num_new, *args
     )
@@ -138,7 +170,7 @@ class Decoder:
       raise UserError(
         f"batch={batch} must lie between 1 and the {len(prompts)} prompts"
       )
-    args, slots, num_new = self._requests(prompts, **settings)
+    args, _, slots, num_new = self._requests(prompts, **settings)
     return _serve(
       self.graphdef,
       self.weights,
@@ -157,14 +189,25 @@ class Decoder:
     end_token: int | Sequence[int] = -1,
     stop: Sequence[Sequence[int]] | np.ndarray = (),
     slots: int = 0,
+    grow: bool = True,
     **sampling,
-  ) -> tuple[tuple, int, int]:
-    """-> (what `prefill` takes, slots, room for new tokens), checked."""
+  ) -> tuple[tuple, int, int, int]:
+    """-> (what `prefill` takes, slots to begin with, slots to end with, room
+    for new tokens), checked."""
     prompts = [np.asarray(p, np.int64) for p in prompts]
     batch = len(prompts)
     limits = np.broadcast_to(np.asarray(max_new_tokens, np.int64), (batch,))
-    least, bucket, num_new = self._sizes(prompts, limits)
-    slots = self._slots(least, slots)
+    bucket, num_new = self._sizes(prompts, limits)
+    most = self._most(bucket, num_new + self.drafter.longest)
+    first = self._slots(slots)
+    if not grow:
+      first = max(first, most)
+    if first < most:
+      least = max(first, SMALLEST, bucket + self.drafter.longest)
+      first = _round_up(least)
+      if 3 * first >= 4 * least:
+        first = 3 * first // 4
+      first = _or_all(first, most)
     ends = np.atleast_1d(np.asarray(end_token, np.int64))
     for end in ends:
       if not -1 <= end < self.config.vocab_size:
@@ -190,10 +233,26 @@ class Decoder:
       stop,
       make_sampling(batch, **sampling),
     )
-    return args, slots, num_new
+    return args, first, max(first, most), num_new
 
   def finish(self, state: DecodeState) -> DecodeState:
     """Decodes to the end of every row. `state` is donated."""
+    state = self._run(state)
+    while not np.asarray(state.done).all():
+      state = self._run(self._grown(state))
+    return state
+
+  def warm_up(self, prompts: Sequence[Sequence[int]], **settings):
+    """Compiles what such requests may need, however long their outputs get.
+
+    Else `finish` compiles a loop when first an output outgrows a cache.
+    """
+    state = self.finish(self.start(prompts, **settings))
+    while self._larger(state) > state.cache.num_slots:
+      state = self._run(self._grown(state))
+    jax.block_until_ready(state)
+
+  def _run(self, state: DecodeState) -> DecodeState:
     return _loop(self.graphdef, self.weights, self.drafter, state)
 
   def lower(self, state: DecodeState) -> jax.stages.Lowered:
@@ -202,7 +261,27 @@ class Decoder:
 
   def step(self, state: DecodeState) -> DecodeState:
     """One step, for streaming and debugging."""
+    if not has_room(state, self.drafter):
+      state = self._grown(state)
     return _step(self.graphdef, self.weights, self.drafter, state)
+
+  def _grown(self, state: DecodeState) -> DecodeState:
+    cache, own = _grow(
+      self.graphdef,
+      self.weights,
+      self.drafter,
+      self._larger(state),
+      state.cache,
+      state.drafter,
+    )
+    return state.replace(cache=cache, drafter=own)
+
+  def _larger(self, state: DecodeState) -> int:
+    """Slots that come after those of `state`; they stay, if all are there."""
+    slots = state.cache.num_slots
+    longest = int((state.cache.length - state.num_tokens).max()) + 1
+    most = self._most(self._bucket(longest), state.tokens.shape[1])
+    return max(slots, _or_all(2 * slots, most))
 
   def time_draft(self, state: DecodeState, count: int = 64) -> float:
     """Seconds of one draft, apart from all else of a step: of `count` in one
@@ -215,23 +294,26 @@ class Decoder:
       seconds.append(time.perf_counter() - begin)
     return min(seconds[1:]) / count
 
-  def _sizes(self, prompts, limits) -> tuple[int, int, int]:
-    """Cache slots, prompt bucket and room for new tokens; or a UserError.
+  def _sizes(self, prompts, limits) -> tuple[int, int]:
+    """Prompt bucket and room for new tokens; or a UserError.
 
     Both are rounded up, so that requests of like length share one program.
     """
     if not prompts:
       raise UserError("no prompt given: a batch needs at least one")
     self.check(prompts, limits)
-    most = self.config.max_positions
-    longest = max(len(p) for p in prompts)
-    bucket = min(_round_up(longest), most)
-    num_new = min(_round_up(int(limits.max())), most)
-    slots = bucket + num_new + self.drafter.longest
-    return -(-slots // 16) * 16, bucket, num_new
+    num_new = min(_round_up(int(limits.max())), self.config.max_positions)
+    return self._bucket(max(len(p) for p in prompts)), num_new
 
-  def _slots(self, least: int, slots: int) -> int:
-    """Those asked for, rounded up, or what these requests need."""
+  def _bucket(self, length: int) -> int:
+    return min(_round_up(length), self.config.max_positions)
+
+  def _most(self, bucket: int, new: int) -> int:
+    """Slots of the longest output; new: of tokens and a draft."""
+    return -(-(bucket + new) // 16) * 16
+
+  def _slots(self, slots: int) -> int:
+    """Those asked for, rounded up."""
     most = 2 * _round_up(self.config.max_positions) + self.drafter.longest
     try:
       wrong = not 0 <= operator.index(slots) <= most
@@ -242,7 +324,7 @@ class Decoder:
         f"slots={slots} must be a whole number from 0 to {most}, what prompts "
         f"and outputs of model.max_positions={self.config.max_positions} need"
       )
-    return max(least, -(-slots // 16) * 16)
+    return -(-slots // 16) * 16
 
   def check(self, prompts: Sequence[Sequence[int]], limits):
     """Raises: UserError, naming the prompt by its place, if one is empty, too
@@ -269,6 +351,11 @@ class Decoder:
           f"the cache of {most} (model.max_positions): shorten the prompt or "
           "lower max_new_tokens"
         )
+
+
+def _or_all(slots: int, most: int) -> int:
+  """No program more for a last quarter."""
+  return slots if 4 * slots <= 3 * most else most
 
 
 def _round_up(length: int) -> int:
@@ -349,8 +436,8 @@ def generate(
     **settings: max_new_tokens=128 and those of `sampling.make`, one value or
       one per prompt; end_token=-1 (none), or several, any of which ends a row;
       stop=(), sequences of token ids that do, or a table of `stops` for text;
-      slots=0, the least of the cache: prompts of all lengths that fit it
-      share one loop, if max_new_tokens is the same.
+      slots=0, the least of the cache; grow=True, or False: it is made at once
+      with as many as prompt and output may need, so that all is one program.
       The noise of a request depends on its seed and on positions alone: the
       same prompt and seed give the same tokens in any batch, with any drafter.
 

@@ -47,7 +47,9 @@ def milliseconds(
 
   Raises: UserError if the profiler leaves nothing to read.
   """
-  start = lambda: jax.block_until_ready(decoder.start(prompts, **settings))
+  start = lambda: jax.block_until_ready(
+    decoder.start(prompts, grow=False, **settings)  # one program
+  )
   done = decoder.finish(start())  # compiles
   steps = int(done.target_calls.max()) - 1
   if not steps:

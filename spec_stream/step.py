@@ -186,6 +186,12 @@ def _read(model, drafter: Drafter, prompt, length, slots: int):
   return cache, join(hidden, more[0]), streams, taps
 
 
+def has_room(state: DecodeState, drafter: Drafter) -> jax.Array:
+  """Whether the cache holds what another step may write."""
+  length = jnp.where(state.done, 0, state.cache.length).max()
+  return length + drafter.longest <= state.cache.num_slots
+
+
 def step(params: Params, drafter: Drafter, state: DecodeState) -> DecodeState:
   """Draft-verify-accept-commit for every row; done rows stay as they are."""
   model, longest = params.target, drafter.longest
@@ -215,7 +221,7 @@ def step(params: Params, drafter: Drafter, state: DecodeState) -> DecodeState:
       keep=keep,
     )
     tree = tree if keep is None else out.kept
-    logits = model.logits(out.main)
+    logits, of_streams = _logits(model, drafter, out)
   with jax.named_scope("accept"):
     seen = None
     if state.seen is not None:
@@ -251,6 +257,7 @@ def step(params: Params, drafter: Drafter, state: DecodeState) -> DecodeState:
       x, at.reshape(*at.shape, *(1,) * (x.ndim - 2)), 1
     )
     last = accepted.last[:, None]
+    one = lambda x: None if x is None else take(x, last)[:, 0]
     next_tree, drafter_state = drafter.propose(
       params,
       state.drafter,
@@ -260,7 +267,8 @@ def step(params: Params, drafter: Drafter, state: DecodeState) -> DecodeState:
         tokens=take(tree.tokens, accepted.path),
         count=count,
         hidden=take(out.main, accepted.path),
-        streams=None if out.streams is None else take(out.streams, last)[:, 0],
+        streams=one(out.streams),
+        stream_logits=one(of_streams),
         taps=None if out.taps is None else take(out.taps, accepted.path),
         draws=draws,
         sampling=state.sampling,
@@ -279,6 +287,30 @@ def step(params: Params, drafter: Drafter, state: DecodeState) -> DecodeState:
     stop_state=stop_state,
     seen=seen,
   )
+
+
+def reads_head_once(model, drafter: Drafter, batch: int, num_nodes: int):
+  """Whether a step multiplies all streams with the LM head, as it does nodes.
+
+  Only later it is known whose streams count. With few rows all of them cost
+  less than it takes to read the LM head once more for those that do.
+  """
+  depth = drafter.stream_depth
+  return 0 < depth and batch * num_nodes * (1 + depth) <= model.head_rows
+
+
+def _logits(model, drafter: Drafter, out):
+  """-> logits of the nodes [B, T, V]; of their streams [B, T, J', V], or None
+  if only the draft is to know those that it needs."""
+  batch, num_nodes, width = out.main.shape
+  if not reads_head_once(model, drafter, batch, num_nodes):
+    return model.logits(out.main), None
+  depth = drafter.stream_depth
+  streams = out.streams[:, :, :depth].reshape(batch, -1, width)
+  logits = model.logits(jnp.concatenate([out.main, streams], 1))
+  of_streams = logits[:, num_nodes:]
+  shape = batch, num_nodes, depth, of_streams.shape[-1]
+  return logits[:, :num_nodes], of_streams.reshape(shape)
 
 
 def _accept(drafter: Drafter, state: DecodeState, tree, logits, draws, seen):

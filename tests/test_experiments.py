@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tiny
 
-from spec_stream import UserError, checkpoints, weights
+from spec_stream import UserError, checkpoints, decode, weights
 from spec_stream.data.pipeline import DataConfig
 from spec_stream.data.tokenizer import Tokenizer
 from spec_stream.decode import Generation
@@ -451,32 +451,38 @@ def test_steps_at_each_length_of_a_large_cache(tmp_path, capsys, monkeypatch):
   lengths = script("step_cost", "lengths.py")
   calls, step_ms = [], lengths.step_ms
 
-  def timed(decoder, prompt, slots, new):
-    assert new == 6 and step_ms(decoder, prompt, slots, new) > 0
+  def timed(decoder, prompt, slots, new, room):
+    assert (new, room) == (6, 100)
+    ms, read = step_ms(decoder, prompt, slots, new, room)
+    assert ms > 0
     nodes = decoder.drafter.tree.num_nodes if decoder.drafter.longest > 1 else 1
     calls.append((nodes, slots, len(prompt)))
-    return float(len(calls))
+    return float(len(calls)), read
 
+  monkeypatch.setattr(decode, "SMALLEST", 32)
+  small = dataclasses.replace(lengths.SHAPES["tiny"], max_positions=128)
+  monkeypatch.setitem(lengths.SHAPES, "tiny", small)
   monkeypatch.setattr(lengths, "step_ms", timed)
-  args = "--shape=tiny --slots=288,320 --lengths=9,200 --nodes=4 --new=6"
+  args = "--shape=tiny --slots=0,176 --lengths=9,100 --nodes=4 --new=6"
   out = tmp_path / "rows.jsonl"
-  assert lengths.main([*args.split(), "--rounds=1", f"--out={out}"]) == 0
-  assert calls == 2 * list(itertools.product((1, 4), (288, 320), (9, 200)))
+  args += " --room=100 --rounds=1"
+  assert lengths.main([*args.split(), f"--out={out}"]) == 0
+  assert calls == 2 * list(itertools.product((1, 4), (0, 176), (9, 100)))
   rows = [json.loads(line) for line in out.read_text().splitlines()]
   assert [(r["method"], r["slots"], r["length"]) for r in rows] == [
     (method, slots, length)
     for method in ("plain", "4 nodes")
-    for slots in (288, 320)
-    for length in (9, 200)
+    for slots in (0, 176)
+    for length in (9, 100)
   ]
   assert [r["step_ms"] for r in rows] == list(range(9, 17))
-  assert {r["attention"] for r in rows} == {"whole"}
+  assert [r["read"] for r in rows] == 2 * [32, 176, 176, 176]
   assert [r["to_longest"] for r in rows[:3]] == [9 / 10, 1, 11 / 12]
   assert len(capsys.readouterr().out.splitlines()) == 9
   for wrong, words in (
-    ("--slots=208", "take a cache of 288"),
+    ("--slots=100", "took a cache of 160, then"),
     ("--rounds=0", "--rounds must be"),
-    ("--attention=kernel", "is for a TPU"),
+    ("--kernel", "is for a TPU"),
   ):
     with pytest.raises(UserError, match=words):
       lengths.main([*args.split(), wrong])
@@ -484,13 +490,13 @@ def test_steps_at_each_length_of_a_large_cache(tmp_path, capsys, monkeypatch):
 
 def test_ways_of_reading_a_cache_are_compiled(monkeypatch, capsys):
   monkeypatch.syspath_prepend(ROOT / "experiments" / "step_cost")
-  monkeypatch.setattr(attention, "ON", {})
+  monkeypatch.setattr(attention, "KERNEL_ON", ())
   ways = script("step_cost", "ways.py")
   args = "--target=cpu --shape=tiny --slots=256 --nodes=1"
   assert ways.main(args.split()) == 0
   head, *rows = (x.split() for x in capsys.readouterr().out.splitlines())
   assert head[:4] == ["nodes", "way", "MB", "copies"]
-  assert [row[:2] for row in rows] == [["1", "whole"], ["1", "prefixes"]]
+  assert [row[:2] for row in rows] == [["1", "dense"]]
   jax.clear_caches()
 
 

@@ -35,8 +35,7 @@ def dense(q, k, v, mask, cache, length, window, cap):
   about = attention.Rows(
     None, mask, length[:, None] + jnp.arange(rows), num_main=rows, window=window
   )
-  slots = cache[0].shape[3]
-  return attention._over_slots(slots, cap, q, k, v, about, cache, length)
+  return attention._dense(cap, q, k, v, about, cache, length)
 
 
 @pytest.mark.parametrize("window, cap", [(0, 0.0), (9, 0.0), (0, 5.0)])

@@ -1,13 +1,13 @@
 """Does a step's cost grow with what is committed, or with the cache's slots?
 
-  python experiments/step_cost/lengths.py [--shape=86m] [--slots=2112,4160]
-    [--lengths=100,500,1000,2000] [--nodes=8] [--attention=prefixes]
-    [--out=F.jsonl]
+  python experiments/step_cost/lengths.py [--shape=86m] [--slots=0,2128]
+    [--lengths=100,500,1000,2000] [--nodes=8] [--kernel] [--out=F.jsonl]
 
-Random prompts of each length, in caches of each size of `--slots`, are decoded
-plainly and with drafts of `--nodes`, in turns within one process: milliseconds
-a step, the median of the rounds, with the prefill left out; and that over the
-same step's at the largest length.
+Random prompts of each length, with room for `--room` new tokens or as many as
+the model allows, in caches of each size of `--slots` (0: what decoding gives
+them at this length), are decoded plainly and with drafts of `--nodes`, in turns
+within one process: milliseconds a step, the median of the rounds, with the
+prefill left out; and that over the same step's at the largest length.
 """
 
 import argparse
@@ -29,20 +29,24 @@ from spec_stream.text_table import table
 from spec_stream.tree import TreeSpec
 
 
-def step_ms(decoder, prompt, slots: int, new: int) -> float:
-  """Of one decoding, without its prefill. Raises: UserError if it needs more
-  slots."""
-  state = decoder.start([prompt], max_new_tokens=new, slots=slots)
-  if state.cache.num_slots != slots:
-    raise UserError(
-      f"--slots={slots}: a prompt of {len(prompt)} tokens and {new} new ones "
-      f"take a cache of {state.cache.num_slots}; of others, multiples of 16"
-    )
+def step_ms(decoder, prompt, slots: int, new: int, room: int):
+  """-> (milliseconds a step of `new` tokens, slots that each reads). Raises:
+  UserError if these are not as asked for."""
+  room = min(room, decoder.config.max_positions - len(prompt))
+  state = decoder.start([prompt], max_new_tokens=room, slots=slots)
+  state = state.replace(limit=state.limit - room + new)
+  begun = state.cache.num_slots
   jax.block_until_ready(state)
   begin = time.perf_counter()
   state = jax.block_until_ready(decoder.finish(state))
   seconds = time.perf_counter() - begin
-  return 1e3 * seconds / int(state.target_calls[0] - 1)
+  if slots not in (0, begun) or state.cache.num_slots != begun:
+    raise UserError(
+      f"--slots={slots}: {len(prompt)} tokens and {new} new ones took a cache "
+      f"of {begun}, then {state.cache.num_slots} slots: give a multiple of 16 "
+      "that holds both, or fewer new ones"
+    )
+  return 1e3 * seconds / int(state.target_calls[0] - 1), begun
 
 
 def main(argv: list[str]) -> int:
@@ -50,26 +54,25 @@ def main(argv: list[str]) -> int:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--shape", default="86m", choices=SHAPES)
-  parser.add_argument("--slots", default="2112", help="of the caches")
+  parser.add_argument("--slots", default="0,2128", help="of the caches")
   parser.add_argument("--lengths", default="100,500,1000,2000")
   parser.add_argument("--nodes", type=int, default=8, help="of the drafts")
   parser.add_argument("--new", type=int, default=32, help="tokens to decode")
+  parser.add_argument("--room", type=int, default=1024, help="for new tokens")
   parser.add_argument("--rounds", type=int, default=5)
   parser.add_argument(
-    "--attention",
-    choices=attention.WAYS,
-    help="how the cache is read; by default what this platform does",
+    "--kernel",
+    action="store_true",
+    help="read the cache by models/tree_attention.py: on a TPU",
   )
   parser.add_argument("--out", default="", help=".jsonl file to add rows to")
   args = parser.parse_args(argv)
   if args.rounds < 1 or args.new < 2:
-    raise UserError("--rounds must be 1 or more, and --new 2 or more")
-  platform = jax.devices()[0].platform
-  platform = {"gpu": "cuda"}.get(platform, platform)
-  if args.attention == "kernel" and platform != "tpu":
-    raise UserError("--attention=kernel is for a TPU, and there is none here")
-  if args.attention:
-    attention.ON[platform] = args.attention
+    raise UserError("--rounds must be 1 or more, --new 2 or more")
+  if args.kernel and jax.devices()[0].platform != "tpu":
+    raise UserError("--kernel is for a TPU, and there is none here")
+  if args.kernel:
+    attention.KERNEL_ON = ("tpu",)
   config = SHAPES[args.shape]
   model = weights.to_model(config, jax.jit(lambda: weights.init(config, 0))())
   model = for_decoding(model)
@@ -91,20 +94,24 @@ def main(argv: list[str]) -> int:
     for slots in numbers(args.slots)
     for length in prompts
   ]
-  times = {case: [] for case in cases}
+  times, read = {case: [] for case in cases}, {}
   for _ in range(args.rounds + 1):  # the first compiles
     for name, slots, length in cases:
-      found = step_ms(methods[name], prompts[length], slots, args.new)
-      times[name, slots, length].append(found)
+      case = name, slots, length
+      ms, read[case] = step_ms(
+        methods[name], prompts[length], slots, args.new, args.room
+      )
+      times[case].append(ms)
   middle = {case: statistics.median(t[1:]) for case, t in times.items()}
   longest = max(prompts)
   rows = [
     {
       "shape": args.shape,
-      "attention": attention.ON.get(platform, "whole"),
+      "kernel": args.kernel,
       "method": name,
       "slots": slots,
       "length": length,
+      "read": read[name, slots, length],
       "step_ms": middle[name, slots, length],
       "to_longest": middle[name, slots, length] / middle[name, slots, longest],
     }
@@ -114,8 +121,9 @@ def main(argv: list[str]) -> int:
     metrics.append_jsonl(args.out, rows)
   columns = {
     "step": [row["method"] for row in rows],
-    "slots": [f"{row['slots']:,}" for row in rows],
+    "slots": [f"{row['slots']:,}" if row["slots"] else "" for row in rows],
     "committed": [f"{row['length']:,}" for row in rows],
+    "read": [f"{row['read']:,}" for row in rows],
     "ms": [f"{row['step_ms']:.1f}" for row in rows],
     f"to {longest}": [f"{row['to_longest']:.2f}" for row in rows],
   }

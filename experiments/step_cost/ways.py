@@ -1,14 +1,13 @@
-"""What each way of reading the cache compiles to, for one chip of a TPU.
+"""What either way of reading the cache compiles to, for one chip of a TPU.
 
   python experiments/step_cost/ways.py [--target=tpu:v5e:2x2] [--shape=1b]
     [--slots=2048] [--nodes=1,16]
 
 Needs libtpu and no TPU. Bytes that a step of the decoding loop moves in the
-chip's large memory (with `prefixes`, of the dearest branch), arrays of a
-layer's keys or values that it copies (of all branches), the compiler's own
-estimate of cycles, and seconds of compilation. A kernel's bytes are those of
-its operands, read whole: that it stops at the length is not seen there, nor
-what it computes. It is left out where `--target` is no TPU.
+chip's large memory, arrays of a layer's keys or values that it copies, the
+compiler's own estimate of cycles, and seconds of compilation. The kernel's
+bytes are those of its operands, read whole: that it stops at the length is not
+seen there, nor what it computes. It is left out where `--target` is no TPU.
 """
 
 import argparse
@@ -37,15 +36,16 @@ def main(argv: list[str]) -> int:
   args = parser.parse_args(argv)
   mesh = ahead.make_mesh(args.target)
   platform = args.target.split(":")[0]
-  ways = [x for x in attention.WAYS if x != "kernel" or platform == "tpu"]
+  ways = {"dense": ()}
+  if platform == "tpu":
+    ways["kernel"] = (platform,)
   heads = ("nodes", "way", "MB", "copies", "Mcycles", "compiled in s")
   columns = {name: [] for name in heads}
   for nodes in map(int, args.nodes.split(",")):
     drafter = NoDraft()
     if nodes > 1:
       drafter = StreamDraft(TreeSpec("best_first", nodes))
-    for way in ways:
-      attention.ON[platform] = way
+    for way, attention.KERNEL_ON in ways.items():
       jax.clear_caches()  # what was traced with the last way
       begin = time.monotonic()
       _, loop, _, state, _ = ahead.decoding(

@@ -40,6 +40,7 @@ class Accepted:
   count: jax.Array  # [B] how many of them count
   hidden: jax.Array  # [B, A, D] final-normed hidden at `tokens`
   streams: jax.Array | None  # [B, J, D] streams of the last committed token
+  stream_logits: jax.Array | None = None  # [B, J', V] of its first, if known
   taps: jax.Array | None = None  # [B, A, n, D] of the layers in Drafter.taps
   draws: jax.Array | None = None  # [B, M] draw at each node; not after prefill
   sampling: Sampling | None = None  # of the requests
@@ -61,6 +62,7 @@ class Drafter:
 
   name: str
   num_streams = 0  # streams the target attaches to each node
+  stream_depth = 0  # J' of the first streams that it drafts from
   prune = Prune()  # early-exit pruning of its trees
   taps: tuple[int, ...] = ()  # layers whose hidden states it reads
   rule = "exact"  # of rules.RULES: how its drafts are accepted

@@ -108,6 +108,10 @@ class StreamDraft(Drafter):
   def longest(self) -> int:
     return self.tree.reach(self.num_streams)
 
+  @property
+  def stream_depth(self) -> int:
+    return max(self.longest - 1, 1)
+
   def init(self, params: Params, batch: int, slots: int):
     if self.rule != "rejection":
       return None
@@ -118,9 +122,9 @@ class StreamDraft(Drafter):
     return state
 
   def propose(self, params: Params, state, accepted: Accepted):
-    streams = accepted.streams[:, : max(self.longest - 1, 1)]
-    target = params.target
-    logits = target.logits(streams)
+    target, logits = params.target, accepted.stream_logits
+    if logits is None:
+      logits = target.logits(accepted.streams[:, : self.stream_depth])
     if self.rule == "rejection" and self.num_nodes > 1:
       return self._drawn(logits, accepted)
     if target.config.streams.correction_rank:

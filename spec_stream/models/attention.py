@@ -34,7 +34,11 @@ from spec_stream.models.lora import Linear
 from spec_stream.models.scores import joined, scores
 from spec_stream.models.segments import SegmentRows
 
-SHORTEST = 128  # slots that are read whole, however few are committed
+# Platforms where `tree_attention` reads the cache, of cpu, tpu, cuda and rocm:
+# those where it measured faster. None was measured yet; experiments/step_cost
+# tries it. It is of one device: XLA cannot split it over a mesh. What was
+# compiled before a change stays as it was until `jax.clear_caches`.
+KERNEL_ON: tuple[str, ...] = ()
 
 
 @flax.struct.dataclass
@@ -50,13 +54,10 @@ class Rows:
   window: int = flax.struct.field(pytree_node=False, default=0)  # 0 = none
 
   def near(self, slots: int, length: jax.Array) -> jax.Array:
-    """[B, 1 or R, slots] the first slots of the cache: those that a row may
-    attend to; length: [B]."""
-    slot = jnp.arange(slots)
-    if self.old is None:
+    """[B, 1 or R, slots] those that a row may attend to; length: [B]."""
+    slot, old = jnp.arange(slots), self.old
+    if old is None:
       old = (slot < length[:, None])[:, None]
-    else:
-      old = self.old[..., :slots]
     if self.window:
       old &= slot > self.positions[..., None] - self.window
     return old
@@ -182,29 +183,27 @@ class Attention(nnx.Module):
 
 
 def _attend(q, k, v, rows: Rows, cache, length, cap: float):
-  """q [B, K, R, G, H], k [B, K, H, R], v [B, K, R, H] -> y like q.
-
-  The cache, where there is one, is a second block of keys in one softmax.
-  """
+  """q [B, K, R, G, H], k [B, K, H, R], v [B, K, R, H] -> y like q."""
   args = (q, k, v, rows, cache, length)
-  if cache is None:
-    return _over_slots(0, cap, *args)
-  if length is None:
-    return _whole(cap, *args)
-  ways = {on: functools.partial(WAYS[way], cap) for on, way in ON.items()}
-  default = functools.partial(_whole, cap)
+  default = functools.partial(_dense, cap)
+  if cache is None or length is None:
+    return default(*args)
+  kernel = functools.partial(_by_kernel, cap)
+  ways = dict.fromkeys(KERNEL_ON, kernel)
   return jax.lax.platform_dependent(*args, default=default, **ways)
 
 
-def _whole(cap: float, q, k, v, rows: Rows, cache, length):
-  return _over_slots(cache[0].shape[3], cap, q, k, v, rows, cache, length)
-
-
-def _by_prefix(cap: float, q, k, v, rows: Rows, cache, length):
-  sizes = prefixes(cache[0].shape[3])
-  shortest = sum(length.max() > size for size in sizes[:-1])
-  branches = [functools.partial(_over_slots, size, cap) for size in sizes]
-  return jax.lax.switch(shortest, branches, q, k, v, rows, cache, length)
+def _dense(cap: float, q, k, v, rows: Rows, cache, length):
+  """The cache, where there is one, is a second block of keys in one softmax."""
+  equation = "bkrgh,bkht->bkrgt"
+  blocks = [scores(equation, q, k, rows.mask[:, None, :, None], cap)]
+  values = [v]
+  if cache is not None:
+    old = rows.near(cache[0].shape[3], length)[:, None, :, None]
+    blocks.append(scores(equation, q, cache[0], old, cap))
+    values.append(cache[1])
+  weigh = [("bkrgt,bkth->bkrgh", x.astype(q.dtype)) for x in values]
+  return joined(blocks, weigh)
 
 
 def _by_kernel(cap: float, q, k, v, rows: Rows, cache, length):
@@ -212,43 +211,10 @@ def _by_kernel(cap: float, q, k, v, rows: Rows, cache, length):
 
   many = q.shape[2] * q.shape[3] > tree_attention.LARGEST  # a prompt's chunk
   if rows.old is not None or many:  # a mask of its own for every row
-    return _whole(cap, q, k, v, rows, cache, length)
+    return _dense(cap, q, k, v, rows, cache, length)
   first = None
   if rows.window:
     first = jnp.maximum(rows.positions - rows.window + 1, 0)
   return tree_attention.attend(
     q, k, v, rows.mask, cache, length, first, cap=cap
   )
-
-
-# How the cache is read, and on which platform another way than `whole`: where
-# it measured faster. On a CPU `prefixes` did not, for XLA copies what it slices
-# there; on others nothing was measured. experiments/step_cost has the times and
-# tries each. `kernel` is of one TPU: XLA cannot split it over a mesh. By cpu,
-# tpu, cuda or rocm; what was compiled before a change stays as it was until
-# `jax.clear_caches`.
-WAYS = {"whole": _whole, "prefixes": _by_prefix, "kernel": _by_kernel}
-ON: dict[str, str] = {}
-
-
-def prefixes(slots: int) -> list[int]:
-  """Numbers of slots that a step may read, of which it takes the smallest that
-  holds all that is committed: each twice the one before, the last `slots`."""
-  sizes, size = [], SHORTEST
-  while size < slots:
-    sizes.append(size)
-    size *= 2
-  return [*sizes, slots]
-
-
-def _over_slots(slots: int, cap: float, q, k, v, rows: Rows, cache, length):
-  """Over the first `slots` of the cache, beyond which nothing is committed."""
-  equation = "bkrgh,bkht->bkrgt"
-  blocks = [scores(equation, q, k, rows.mask[:, None, :, None], cap)]
-  values = [v]
-  if slots:
-    old = rows.near(slots, length)[:, None, :, None]
-    blocks.append(scores(equation, q, cache[0][..., :slots], old, cap))
-    values.append(cache[1][:, :, :slots])
-  weigh = [("bkrgt,bkth->bkrgh", x.astype(q.dtype)) for x in values]
-  return joined(blocks, weigh)

@@ -78,7 +78,13 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-  """Weights; `forward` runs them. Stream modules exist if J > 0."""
+  """Weights; `forward` runs them. Stream modules exist if J > 0.
+
+  head_rows: up to so many rows the LM head is multiplied with more of them
+  sooner than read a second time, see `step`; `lay_out` knows the device.
+  """
+
+  head_rows = 128
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     self.config = config
@@ -125,6 +131,7 @@ class Transformer(nnx.Module):
 
 
 _NEVER = -1e9  # logit of a token that does not exist
+_HEAD_ROWS_CPU = 16  # arithmetic costs more there: experiments/step_cost
 
 
 @flax.struct.dataclass
@@ -338,10 +345,11 @@ def lay_out(model: Transformer) -> Transformer:
     if linear.gains
   ]
   tied = model.head is None and is_large(table)
-  if not large(model) and model.embed.out_first == tied:
+  ready = model.embed.out_first == tied and model.head_rows == _HEAD_ROWS_CPU
+  if ready and not large(model):
     return model
   model = nnx.clone(model)
-  model.embed.out_first = tied
+  model.embed.out_first, model.head_rows = tied, _HEAD_ROWS_CPU
   for linear in large(model):
     linear.lay_out()
   return model

@@ -1,5 +1,5 @@
-"""Attention over the slots that are in use, whatever the cache's size; and
-prompts that are read chunk by chunk."""
+"""Caches that grow, the kernel in place of dense attention, prompts in chunks:
+nothing of it is to be seen in the tokens."""
 
 import dataclasses
 
@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_drafters import CASES, make
+from random_drafters import CASES, SHORT, make
 from random_models import in_short, random_requests
 
-from spec_stream import UserError, step
+from spec_stream import UserError, bench, decode, step
 from spec_stream.decode import Decoder, collect
 from spec_stream.drafters.none import NoDraft
 from spec_stream.models import attention, tree_attention
@@ -27,10 +27,9 @@ def anew():
 
 
 @pytest.fixture
-def short(monkeypatch, anew):
-  """Prefixes of 4, 8, 16, ... slots: tiny caches have several."""
-  monkeypatch.setattr(attention, "SHORTEST", 4)
-  monkeypatch.setitem(attention.ON, "cpu", "prefixes")
+def small(monkeypatch):
+  """Caches begin with 16 slots, or as many as the prompts need."""
+  monkeypatch.setattr(decode, "SMALLEST", 16)
 
 
 @pytest.fixture
@@ -43,86 +42,94 @@ def kernel(monkeypatch, anew):
     return attend(*args, **keys, block=16, interpret=True)
 
   monkeypatch.setattr(tree_attention, "attend", interpreted)
-  monkeypatch.setitem(attention.ON, "cpu", "kernel")
+  monkeypatch.setattr(attention, "KERNEL_ON", ("cpu",))
   return calls
 
 
-def test_sizes_double_up_to_the_slots():
-  assert attention.prefixes(96) == [96]
-  assert attention.prefixes(128) == [128]
-  assert attention.prefixes(560) == [128, 256, 512, 560]
+def finished(model, drafter, prompts, options, own=None, **more):
+  made = Decoder(model, drafter, own)
+  state = made.start(prompts, **options, **more)
+  first = state.cache.num_slots
+  state = made.finish(state)
+  return collect(state), first, state.cache.num_slots
 
 
-@pytest.mark.parametrize("window, masked", [(0, False), (7, False), (0, True)])
-def test_any_length_is_as_over_all_slots(x64, short, window, masked):
-  rng = np.random.default_rng(0)
-  normal = lambda *shape: jnp.asarray(rng.normal(size=shape))
-  batch, heads, rows, groups, size, slots = 2, 2, 3, 2, 4, 24
-  q = normal(batch, heads, rows, groups, size)
-  k, v = normal(batch, heads, size, rows), normal(batch, heads, rows, size)
-  cache = normal(batch, heads, size, slots), normal(batch, heads, slots, size)
-  mask = jnp.broadcast_to(jnp.eye(rows, dtype=bool), (batch, rows, rows))
-  seen = jnp.asarray(rng.random((batch, rows, slots)) < 0.7)
-
-  def attend(way, length):
-    positions = length[:, None] + jnp.arange(rows)
-    old = None
-    if masked:
-      old = seen & (jnp.arange(slots) < length[:, None, None])
-    about = attention.Rows(
-      None, mask, positions, old=old, num_main=rows, window=window
+@pytest.mark.parametrize("name", in_short(CASES, SHORT))
+def test_tokens_where_the_cache_grows(x64, small, name):
+  """Of every drafter, those of plain decoding in a cache that does not."""
+  grew = drafted = 0
+  for seed in SEEDS:
+    prompts, options = random_requests(seed, 3)
+    options["max_new_tokens"] = [40, 7, 23]
+    model, own = make(CASES[name], seed)
+    fast, first, last = finished(
+      model, CASES[name].drafter, prompts, options, own
     )
-    return way(q, k, v, about, cache, length)
+    plain, least, most = finished(model, NoDraft(), prompts, options, slots=112)
+    assert least == most == 112
+    assert [x.token_ids for x in fast] == [x.token_ids for x in plain]
+    assert [x.calls[0] for x in fast] == [0, 0, 0]
+    grew += last > first
+    drafted += sum(sum(x.accepts[1:]) for x in fast)
+  assert grew and drafted
 
-  few = jax.jit(lambda x: attend(lambda *a: attention._attend(*a, cap=0.0), x))
-  every = jax.jit(
-    lambda x: attend(lambda *a: attention._over_slots(slots, 0.0, *a), x)
+
+def test_a_cache_grows_by_twice_up_to_what_is_needed(small):
+  model, own = make(CASES["eagle"], 1, "float32")
+  decoder = Decoder(model, CASES["eagle"].drafter, own)
+  longest = decoder.drafter.longest
+  state = decoder.start([[1, 2, 3], [4]], max_new_tokens=40)
+  sizes = [state.cache.num_slots]
+  while not state.done.all():
+    state = decoder._run(state)
+    if not state.done.all():
+      assert int(state.cache.length.max()) > sizes[-1] - longest
+      state = decoder._grown(state)
+      sizes.append(state.cache.num_slots)
+      assert state.drafter.num_slots > sizes[-1]
+  # Prompts of up to 16, outputs of up to 64 tokens.
+  assert sizes[:2] == [24, 48] and 16 + longest <= 24
+  assert sizes[2:] in ([], [96])
+  assert state.num_tokens.tolist() == [40, 40]
+
+
+def test_no_larger_cache_for_a_last_quarter(monkeypatch):
+  model, _ = make(CASES["eagle"], 1, "float32")
+  decoder = Decoder(model, NoDraft())
+  first = lambda smallest, **more: (
+    monkeypatch.setattr(decode, "SMALLEST", smallest)
+    or decoder.start([[1]], max_new_tokens=30, **more).cache.num_slots
   )
-  for length in range(slots + 1):
-    lengths = jnp.array([length, length // 2])
-    np.testing.assert_allclose(few(lengths), every(lengths), rtol=1e-13)
-  # What lies beyond the prefix is not read at all.
-  nan = tuple(
-    jnp.where(jnp.arange(slots).reshape(shape) < 8, x, jnp.nan)
-    for x, shape in zip(cache, ((slots,), (slots, 1)), strict=True)
-  )
-  cache, lengths = nan, jnp.array([5, 8])
-  assert jnp.isfinite(few.__wrapped__(lengths)).all()
-  assert not jnp.isfinite(every.__wrapped__(lengths)).all()
+  # 16 + 32 + 1, rounded up: 64.
+  assert first(32) == 32 and first(64) == 64
+  assert first(256) == 64 and first(32, slots=36) == 48
+  assert first(16) == 24  # 16 is full with the prompt
+  assert first(16, slots=80) == 80
+  assert first(16, grow=False) == 64
 
 
-@pytest.mark.parametrize("name", in_short(CASES, ("draft_model",)))
-def test_tokens_where_a_step_reads_more_and_more(x64, short, name):
-  """Of every drafter, those of plain decoding that reads all slots."""
-  cases = [
-    (*random_requests(seed, 3), *make(CASES[name], seed)) for seed in SEEDS
-  ]
-
-  def decode(drafter, prompts, options, model, own=None):
-    made = Decoder(model, drafter, own)
-    return collect(made.finish(made.start(prompts, slots=80, **options)))
-
-  fast = [decode(CASES[name].drafter, *case) for case in cases]
-  jax.clear_caches()
-  attention.ON["cpu"] = "whole"  # until the end of the test
-  plain = [decode(NoDraft(), *case[:3]) for case in cases]
-  tokens = lambda found: [[x.token_ids for x in batch] for batch in found]
-  assert tokens(fast) == tokens(plain)
-  assert sum(sum(x.accepts[1:]) for batch in fast for x in batch)
+def test_warmed_up_nothing_compiles_when_an_output_grows(small):
+  """What was warmed up with ended after one token."""
+  model, own = make(CASES["prompt_lookup"], 2, "float32")
+  decoder = Decoder(model, CASES["prompt_lookup"].drafter, own)
+  options = dict(max_new_tokens=40)
+  ends = np.arange(model.config.vocab_size)
+  decoder.warm_up([[1, 2, 3]], **options, end_token=ends)
+  compilations = bench.Compilations()
+  state = decoder.start([[3, 1]], **options, end_token=ends * 0 - 1)
+  first = state.cache.num_slots
+  state = decoder.finish(state)
+  assert state.cache.num_slots > first
+  assert compilations.count == 0
 
 
-@pytest.mark.parametrize("name", in_short(CASES, ("streams, corrected",)))
-def test_tokens_of_a_queue_of_prompts(x64, short, name):
-  """Rows at places of their own, and prompts read while others decode."""
-  prompts, options = random_requests(7, 5)
-  model, own = make(CASES[name], 7)
-  fast = Decoder(model, CASES[name].drafter, own)
-  fast = collect(fast.serve(prompts, 2, slots=80, **options))
-  jax.clear_caches()
-  attention.ON["cpu"] = "whole"  # until the end of the test
-  plain = Decoder(model, NoDraft())
-  plain = collect(plain.finish(plain.start(prompts, slots=80, **options)))
-  assert [x.token_ids for x in fast] == [x.token_ids for x in plain]
+def test_one_step_after_the_other_grows_too(x64, small):
+  model, own = make(CASES["prompt_lookup"], 3)
+  options = dict(max_new_tokens=40, temperature=1.0, seed=5)
+  args = CASES["prompt_lookup"].drafter, own
+  steps = decode.stream(model, [1, 2], *args, **options)
+  plain = decode.generate(model, [[1, 2]], NoDraft(), slots=80, **options)
+  assert sum((s.token_ids for s in steps), []) == plain[0].token_ids
 
 
 @pytest.mark.parametrize("name", in_short(CASES, ("streams, corrected",)))
@@ -144,7 +151,8 @@ def test_tokens_with_the_kernel(x64, kernel, name, window):
   fast = decode(case.drafter, own)
   assert kernel
   jax.clear_caches()
-  del attention.ON["cpu"], kernel[:]
+  attention.KERNEL_ON = ()  # until the end of the test
+  kernel.clear()
   plain = decode(NoDraft())
   assert [x.token_ids for x in fast] == [x.token_ids for x in plain]
   assert not kernel
