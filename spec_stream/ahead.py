@@ -151,7 +151,8 @@ def decoding(
   """-> (compiled prefill and loop, abstract weights by path, abstract state,
   FLOPs of one step).
 
-  As in `decode.Decoder`, but for the layout that large kernels have on a CPU:
+  As in `decode.Decoder` with all slots, but for the layout that large kernels
+  have on a CPU:
   adapters of shared mode are folded in, weights lie by the rules of `sharding`,
   and the state where prefill leaves it. Prompts of
   `prompt` tokens; what is left of the cache's slots is for new ones.
@@ -161,6 +162,7 @@ def decoding(
 
   def folded(values):
     target = merge_lora(weights.to_model(model, values))
+    target.head_rows = decode.head_rows(mesh.devices.flat[0].platform)
     made, values = nnx.split(Params(target))
     graph.append(made)
     return values

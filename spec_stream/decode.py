@@ -1,13 +1,14 @@
 """Decoding from the host: `generate` and `stream`, and what they compile.
 
-`generate` makes two compiled calls: the prefill, and `lax.while_loop` over
-`step` until every row is done, with the state donated. `stream` runs the same
-`step` call by call. Prompt lengths and limits are rounded up to buckets, so
-that a second prompt compiles nothing.
+`generate` makes compiled calls: the prefill, and `lax.while_loop` over `step`
+until every row is done, with the state donated. `stream` runs the same `step`
+call by call. Prompt lengths and limits are rounded up to buckets, so that a
+second prompt compiles nothing.
 
 A step reads all slots of the cache. So where much may be generated, the cache
 starts small: the loop ends when a row has no room for another step, and goes on
-as a program for twice the slots.
+as a program for twice the slots. While one cache becomes the next both are
+held.
 
 Letters: B batch row, M tree nodes, S cache slots.
 """
@@ -32,6 +33,8 @@ from spec_stream.models.layers import wide
 from spec_stream.models.transformer import Transformer, for_decoding
 from spec_stream.sampling import make as make_sampling
 from spec_stream.step import (
+  HEAD_ROWS,
+  HEAD_ROWS_CPU,
   DecodeState,
   has_room,
   prefill,
@@ -134,8 +137,8 @@ class Decoder:
   """A target and a drafter, checked against each other and ready to run.
 
   The model is made ready here, see `for_decoding`. Holds no state between
-  requests: `start` and `finish` are the two compiled calls that `generate`
-  makes, apart so that they can be timed apart.
+  requests: `generate` calls `start` and `finish`, apart so that they can be
+  timed apart.
 
   own: the drafter's own weights; None: those that came with the model, if any.
   """
@@ -143,10 +146,9 @@ class Decoder:
   def __init__(self, model: Transformer, drafter: Drafter, own=None):
     self.config = model.config
     model = for_decoding(model)
-    target = model
-    if model.drafter is not None:
-      target = nnx.clone(model)
-      target.drafter = nnx.data(None)
+    target = nnx.clone(model)
+    target.drafter = nnx.data(None)
+    target.head_rows = head_rows(_platform(model.embed.table[...]))
     if own is None and drafter.Module is not None:
       own = model.drafter
     if isinstance(own, Transformer):
@@ -155,9 +157,12 @@ class Decoder:
     check_rule(self.drafter)
     self.graphdef, self.weights = nnx.split(Params(target, own))
 
-  def start(self, prompts: Sequence[Sequence[int]], **settings) -> DecodeState:
+  def start(
+    self, prompts: Sequence[Sequence[int]], *, grow: bool = True, **settings
+  ) -> DecodeState:
     """Prefill of a batch of prompts; arguments as in `generate`."""
-    args, slots, _, num_new = self._requests(prompts, **settings)
+    args, first, most, num_new = self._requests(prompts, **settings)
+    slots = first if grow else most
     return _prefill(
       self.graphdef, self.weights, self.drafter, slots, num_new, *args
     )
@@ -189,7 +194,6 @@ class Decoder:
     end_token: int | Sequence[int] = -1,
     stop: Sequence[Sequence[int]] | np.ndarray = (),
     slots: int = 0,
-    grow: bool = True,
     **sampling,
   ) -> tuple[tuple, int, int, int]:
     """-> (what `prefill` takes, slots to begin with, slots to end with, room
@@ -200,10 +204,8 @@ class Decoder:
     bucket, num_new = self._sizes(prompts, limits)
     most = self._most(bucket, num_new + self.drafter.longest)
     first = self._slots(slots)
-    if not grow:
-      first = max(first, most)
     if first < most:
-      least = max(first, SMALLEST, bucket + self.drafter.longest)
+      least = max(first, SMALLEST, bucket + self.drafter.longest + 1)
       first = _round_up(least)
       if 3 * first >= 4 * least:
         first = 3 * first // 4
@@ -239,24 +241,27 @@ class Decoder:
     """Decodes to the end of every row. `state` is donated."""
     state = self._run(state)
     while not np.asarray(state.done).all():
-      state = self._run(self._grown(state))
+      state = self._grown(state)  # the old cache is free before the next loop
+      state = self._run(state)
     return state
 
   def warm_up(self, prompts: Sequence[Sequence[int]], **settings):
-    """Compiles what such requests may need, however long their outputs get.
+    """Compiles what `start` and `finish` of such requests may need, whatever
+    the length of their outputs.
 
     Else `finish` compiles a loop when first an output outgrows a cache.
     """
     state = self.finish(self.start(prompts, **settings))
     while self._larger(state) > state.cache.num_slots:
-      state = self._run(self._grown(state))
+      state = self._grown(state)
+      state = self._run(state)
     jax.block_until_ready(state)
 
   def _run(self, state: DecodeState) -> DecodeState:
     return _loop(self.graphdef, self.weights, self.drafter, state)
 
   def lower(self, state: DecodeState) -> jax.stages.Lowered:
-    """The loop of `finish`; `state` may be abstract."""
+    """The loop of `finish` for the cache of `state`, which may be abstract."""
     return _loop.lower(self.graphdef, self.weights, self.drafter, state)
 
   def step(self, state: DecodeState) -> DecodeState:
@@ -314,7 +319,8 @@ class Decoder:
 
   def _slots(self, slots: int) -> int:
     """Those asked for, rounded up."""
-    most = 2 * _round_up(self.config.max_positions) + self.drafter.longest
+    most = 2 * _round_up(self.config.max_positions)
+    most = self._most(most, self.drafter.longest)
     try:
       wrong = not 0 <= operator.index(slots) <= most
     except TypeError:
@@ -351,6 +357,17 @@ class Decoder:
           f"the cache of {most} (model.max_positions): shorten the prompt or "
           "lower max_new_tokens"
         )
+
+
+def head_rows(platform: str) -> int:
+  """As of `reads_head_once`, for a target on such devices."""
+  return HEAD_ROWS_CPU if platform == "cpu" else HEAD_ROWS
+
+
+def _platform(x) -> str:
+  """Where an array lies, or where JAX would put it."""
+  here = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+  return next(iter(x.devices() if here else jax.devices())).platform
 
 
 def _or_all(slots: int, most: int) -> int:
@@ -437,7 +454,8 @@ def generate(
       one per prompt; end_token=-1 (none), or several, any of which ends a row;
       stop=(), sequences of token ids that do, or a table of `stops` for text;
       slots=0, the least of the cache; grow=True, or False: it is made at once
-      with as many as prompt and output may need, so that all is one program.
+      with as many as prompt and output may need, so that all is one program
+      and no cache is copied (with `batch` it always is).
       The noise of a request depends on its seed and on positions alone: the
       same prompt and seed give the same tokens in any batch, with any drafter.
 

@@ -35,6 +35,9 @@ from spec_stream.sampling import (
 from spec_stream.tree import TokenTree, ancestors
 
 CHUNK = 512  # tokens of a prompt that one pass of the prefill reads
+# Rows up to which the LM head is read once, see `reads_head_once`: as many as a
+# TPU or GPU multiplies while it reads bfloat16; on a CPU as measured.
+HEAD_ROWS, HEAD_ROWS_CPU = 128, 16
 
 
 @flax.struct.dataclass
@@ -188,8 +191,8 @@ def _read(model, drafter: Drafter, prompt, length, slots: int):
 
 def has_room(state: DecodeState, drafter: Drafter) -> jax.Array:
   """Whether the cache holds what another step may write."""
-  length = jnp.where(state.done, 0, state.cache.length).max()
-  return length + drafter.longest <= state.cache.num_slots
+  # And one more, for drafters that also keep the root.
+  return state.cache.length.max() + drafter.longest < state.cache.num_slots
 
 
 def step(params: Params, drafter: Drafter, state: DecodeState) -> DecodeState:
@@ -292,8 +295,9 @@ def step(params: Params, drafter: Drafter, state: DecodeState) -> DecodeState:
 def reads_head_once(model, drafter: Drafter, batch: int, num_nodes: int):
   """Whether a step multiplies all streams with the LM head, as it does nodes.
 
-  Only later it is known whose streams count. With few rows all of them cost
-  less than it takes to read the LM head once more for those that do.
+  Only later it is known whose streams count. With few rows, `head_rows` of the
+  model at most, all of them cost less than it takes to read the LM head once
+  more for those that do.
   """
   depth = drafter.stream_depth
   return 0 < depth and batch * num_nodes * (1 + depth) <= model.head_rows

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from test_tree_attention import case, dense
 
 from spec_stream import (
   NoDraft,
@@ -20,6 +21,7 @@ from spec_stream import (
   weights,
 )
 from spec_stream.decode import Decoder
+from spec_stream.models import tree_attention_gpu
 from spec_stream.models.prune import Prune
 from spec_stream.models.transformer import causal_mask, forward
 
@@ -66,6 +68,19 @@ def test_logits_are_those_of_a_cpu():
 
   ours, theirs = (logits(jax.devices(kind)[0]) for kind in ("gpu", "cpu"))
   np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_kernel_is_the_dense_form(dtype):
+  x = case(0, 2, 4, 12, 4, 64, 1040, dtype)
+  with jax.default_matmul_precision("highest"):
+    found = jax.jit(lambda x: tree_attention_gpu.attend(**x))(x)
+    exact = jax.tree.map(
+      lambda x: x.astype("float32") if x.dtype == "bfloat16" else x, x
+    )
+    expected = dense(**exact, window=0, cap=0.0)
+  atol = 0.03 if dtype == "bfloat16" else 1e-4
+  np.testing.assert_allclose(np.asarray(found, "float32"), expected, atol=atol)
 
 
 @pytest.mark.parametrize("nodes", [1, 6])

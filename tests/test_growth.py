@@ -7,15 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_drafters import CASES, SHORT, make
-from random_models import in_short, random_requests
+from flax import nnx
+from random_drafters import CASES, make
+from random_models import CASES as STREAMS
+from random_models import in_short, random_model, random_requests
 
 from spec_stream import UserError, bench, decode, step
 from spec_stream.decode import Decoder, collect
 from spec_stream.drafters.none import NoDraft
+from spec_stream.drafters.streams import StreamDraft
 from spec_stream.models import attention, tree_attention
+from spec_stream.tree import TreeSpec
 
-SEEDS = range(4)
+SEEDS = range(2)
+PATHS = TreeSpec("paths", paths=((0,), (1,), (0, 0), (0, 1), (0, 0, 0)))
+REJECTION = STREAMS["lossless"][0], StreamDraft(PATHS, rule="rejection")
 
 
 @pytest.fixture
@@ -42,6 +48,7 @@ def kernel(monkeypatch, anew):
     return attend(*args, **keys, block=16, interpret=True)
 
   monkeypatch.setattr(tree_attention, "attend", interpreted)
+  monkeypatch.setitem(attention.KERNELS, "cpu", "tree_attention")
   monkeypatch.setattr(attention, "KERNEL_ON", ("cpu",))
   return calls
 
@@ -54,9 +61,12 @@ def finished(model, drafter, prompts, options, own=None, **more):
   return collect(state), first, state.cache.num_slots
 
 
-@pytest.mark.parametrize("name", in_short(CASES, SHORT))
+@pytest.mark.parametrize(
+  "name", in_short(CASES, ("streams, corrected", "eagle"))
+)
 def test_tokens_where_the_cache_grows(x64, small, name):
-  """Of every drafter, those of plain decoding in a cache that does not."""
+  """Of every drafter, those of plain decoding in a cache that does not; and
+  each draft as it is in such a cache."""
   grew = drafted = 0
   for seed in SEEDS:
     prompts, options = random_requests(seed, 3)
@@ -68,10 +78,61 @@ def test_tokens_where_the_cache_grows(x64, small, name):
     plain, least, most = finished(model, NoDraft(), prompts, options, slots=112)
     assert least == most == 112
     assert [x.token_ids for x in fast] == [x.token_ids for x in plain]
-    assert [x.calls[0] for x in fast] == [0, 0, 0]
+    whole, *sizes = finished(
+      model, CASES[name].drafter, prompts, options, own, grow=False
+    )
+    assert sizes == [last, last] or last < sizes[0] == sizes[1]
+    assert fast == whole
     grew += last > first
     drafted += sum(sum(x.accepts[1:]) for x in fast)
   assert grew and drafted
+
+
+def test_drafts_of_the_rejection_rule_outlive_a_growth(x64, small):
+  config, drafter = REJECTION
+  model, prompts = random_model(config, 4), [[1, 2, 3], [4, 5]]
+  options = dict(max_new_tokens=40, temperature=1.0, seed=[3, 4])
+  fast, first, last = finished(model, drafter, prompts, options)
+  whole, *_ = finished(model, drafter, prompts, options, grow=False)
+  assert last > first and fast == whole
+
+
+HEADS = {
+  **STREAMS,
+  "corrected": CASES["streams, corrected"][:2],
+  "rejection": REJECTION,
+}
+
+
+@pytest.mark.parametrize("name", in_short(HEADS, ("shared, pruned",)))
+def test_drafts_by_one_reading_of_the_head_or_two(x64, monkeypatch, name):
+  """Tree by tree the same, whoever multiplies the streams with the LM head."""
+  config, drafter = HEADS[name]
+  model = random_model(config, 4)
+  prompts, options = random_requests(4, 2)
+  found = []
+  for most in (0, 10**6):
+    monkeypatch.setattr(decode, "head_rows", lambda _, most=most: most)
+    decoder = Decoder(model, drafter)
+    kept = decoder.drafter.prune.kept_nodes or decoder.drafter.num_nodes
+    assert decoder.drafter.stream_depth
+    once = step.reads_head_once(
+      nnx.merge(decoder.graphdef, decoder.weights).target,
+      decoder.drafter,
+      2,
+      kept,
+    )
+    assert once == (most > 0)
+    state = decoder.start(prompts, **options)
+    trees = []
+    while not state.done.all():
+      state = decoder.step(state)
+      trees.append(state.tree.tokens)
+    assert decoder.time_draft(state, 2) > 0
+    found.append((trees, collect(state)))
+  (trees, two), (same, once) = found
+  np.testing.assert_array_equal(np.stack(trees), np.stack(same))
+  assert two == once
 
 
 def test_a_cache_grows_by_twice_up_to_what_is_needed(small):
@@ -83,7 +144,7 @@ def test_a_cache_grows_by_twice_up_to_what_is_needed(small):
   while not state.done.all():
     state = decoder._run(state)
     if not state.done.all():
-      assert int(state.cache.length.max()) > sizes[-1] - longest
+      assert int(state.cache.length.max()) >= sizes[-1] - longest
       state = decoder._grown(state)
       sizes.append(state.cache.num_slots)
       assert state.drafter.num_slots > sizes[-1]
@@ -133,7 +194,7 @@ def test_one_step_after_the_other_grows_too(x64, small):
 
 
 @pytest.mark.parametrize("name", in_short(CASES, ("streams, corrected",)))
-@pytest.mark.parametrize("window", [0, 6])
+@pytest.mark.parametrize("window", [6, pytest.param(0, marks=pytest.mark.slow)])
 def test_tokens_with_the_kernel(x64, kernel, name, window):
   """Of a cache whose end is inside of a block; in every second layer of which
   a row sees no more than a window."""

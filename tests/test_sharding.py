@@ -21,6 +21,7 @@ from spec_stream import (
   StreamDraft,
   TreeSpec,
   checkpoints,
+  decode,
   generate,
   manifest,
   sharding,
@@ -207,15 +208,26 @@ def decode_on_eight_devices():
         weights.to_model(model, values),
         prompts,
         drafter,
-        max_new_tokens=12,
+        max_new_tokens=50,
         temperature=temperature,
         seed=3,
       )
       yield [g.token_ids for g in found]
 
+  sizes, grown = set(), decode.Decoder._grown
+
+  def grow(decoder, state):
+    state = grown(decoder, state)
+    sizes.add(state.cache.num_slots)
+    return state
+
+  decode.Decoder._grown = grow
   for temperature in (0.0, 0.8):
+    decode.SMALLEST = 256
     expected, same = tokens(drawn, temperature)
     assert expected == same
+    assert not sizes
+    decode.SMALLEST = 16
     for mesh in ((8, 1, 1), (2, 4, 1), (2, 2, 2)):
       place = sharding.weight_shardings(
         sharding.make_mesh(*mesh), weights.shapes(model)
@@ -225,6 +237,8 @@ def decode_on_eight_devices():
       }
       for found in tokens(placed, temperature):
         assert found == expected, (mesh, temperature)
+      assert sizes == {48, 96}, sizes  # of 24
+      sizes.clear()
 
 
 def run_on_eight_devices(argument):

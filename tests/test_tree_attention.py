@@ -1,4 +1,4 @@
-"""The kernel for a TPU, interpreted, against the dense form."""
+"""The kernels for a TPU and a GPU, interpreted, against the dense form."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spec_stream.models import attention, tree_attention
+from spec_stream.models import attention, tree_attention, tree_attention_gpu
+
+KERNELS = (tree_attention, tree_attention_gpu)
 
 
 def case(seed, batch, heads, rows, groups, size, slots, dtype):
@@ -38,8 +40,9 @@ def dense(q, k, v, mask, cache, length, window, cap):
   return attention._dense(cap, q, k, v, about, cache, length)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("window, cap", [(0, 0.0), (9, 0.0), (0, 5.0)])
-def test_it_is_as_the_dense_form(x64, window, cap):
+def test_it_is_as_the_dense_form(x64, kernel, window, cap):
   shapes = st.tuples(
     st.integers(0, 2**32 - 1),  # seed
     st.sampled_from([1, 3]),
@@ -50,14 +53,16 @@ def test_it_is_as_the_dense_form(x64, window, cap):
     st.sampled_from([8, 40, 48]),
   )
 
-  @settings(max_examples=12)
+  @settings(max_examples=8)
   @given(shapes)
   def check(shape):
     x = case(*shape, "float64")
     positions = x["length"][:, None] + jnp.arange(x["q"].shape[2])
     first = jnp.maximum(positions - window + 1, 0) if window else None
-    found = tree_attention.attend(
-      **x, first=first, cap=cap, block=16, interpret=True
+    # Of the one for a GPU the slots in up to two parts.
+    more = {} if kernel is tree_attention else {"programs": 2}
+    found = kernel.attend(
+      **x, first=first, cap=cap, block=16, interpret=True, **more
     )
     expected = dense(**x, window=window, cap=cap)
     np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-13)
@@ -65,7 +70,8 @@ def test_it_is_as_the_dense_form(x64, window, cap):
   check()
 
 
-def test_what_lies_beyond_the_length_is_not_read():
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_what_lies_beyond_the_length_is_not_read(kernel):
   x = case(0, 2, 2, 3, 2, 8, 40, "float32")
   x["length"] = jnp.array([0, 17], jnp.int32)
   expected = dense(**x, window=0, cap=0.0)
@@ -74,13 +80,14 @@ def test_what_lies_beyond_the_length_is_not_read():
     jnp.where(beyond[:, None, None, :], jnp.nan, x["cache"][0]),
     jnp.where(beyond[:, None, :, None], jnp.nan, x["cache"][1]),
   )
-  found = tree_attention.attend(**x, block=16, interpret=True)
+  found = kernel.attend(**x, block=16, interpret=True)
   np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def test_in_bfloat16_it_is_near():
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_in_bfloat16_it_is_near(kernel):
   x = case(1, 1, 2, 6, 4, 64, 300, "bfloat16")
-  found = tree_attention.attend(**x, block=128, interpret=True)
+  found = kernel.attend(**x, block=128, interpret=True)
   exact = {
     name: jax.tree.map(lambda x: x.astype("float32"), x[name])
     for name in ("q", "k", "v", "cache")
@@ -88,3 +95,23 @@ def test_in_bfloat16_it_is_near():
   expected = dense(**{**x, **exact}, window=0, cap=0.0)
   assert found.dtype == "bfloat16"
   assert np.abs(np.asarray(found, "float32") - expected).max() < 0.03
+
+
+def test_the_one_for_a_gpu_is_lowered_to_triton():
+  """Not compiled: that needs a GPU (test_gpu)."""
+  x = case(2, 1, 8, 16, 4, 128, 2064, "bfloat16")
+  assert tree_attention_gpu.fits(16, 4, 128, 2064)
+  call = "__gpu$xla.gpu.triton"
+  lowered = jax.export.export(
+    jax.jit(lambda x: tree_attention_gpu.attend(**x)),
+    platforms=["cuda"],
+    disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(call)],
+  )(x)
+  assert call in lowered.mlir_module()
+
+
+def test_what_a_kernel_is_for():
+  assert tree_attention.fits(128, 8, 80, 100)
+  assert not tree_attention.fits(512, 8, 80, 100)
+  assert not tree_attention_gpu.fits(16, 4, 80, 2048)  # no power of two
+  assert not tree_attention_gpu.fits(512, 1, 64, 2048)

@@ -6,8 +6,8 @@
 #
 # Needs Python with the packages of setup.py and jax for CUDA, and no network
 # (PYTHON=... names another interpreter than python3). Writes to OUT, which must
-# be new or empty: a .log for each stage, steps.jsonl and results.jsonl (rows of
-# the benchmarks), and stages.jsonl (name, exit code, seconds of each stage). A
+# be new or empty: a .log for each stage, steps.jsonl, lengths.jsonl and
+# results.jsonl (rows of the benchmarks), and stages.jsonl (name, exit code, seconds of each stage). A
 # stage that fails or runs out of its time does not stop the next, and none is
 # begun after 9 minutes; the exit code is 1 if one failed.
 # --tiny: shapes for a try on a CPU.
@@ -111,6 +111,11 @@ if [ -f "$out/run/results.jsonl" ]; then
 fi
 if [ "$wanted" = gpu ]; then # if there is time
   steps steps-1b-long 60 1b 16 --prompts=2 --lengths=1000
+  for kernel in "" --kernel; do # dense attention, then models/tree_attention_gpu
+    stage "lengths$kernel" 45 "$python" experiments/step_cost/lengths.py \
+      --shape=1b --slots=0 --lengths=100,1000 --nodes=16 --rounds=3 $kernel \
+      --out="$out/lengths.jsonl"
+  done
 fi
 cat "$out/stages.jsonl"
 exit "$failed"

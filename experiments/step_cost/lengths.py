@@ -63,16 +63,20 @@ def main(argv: list[str]) -> int:
   parser.add_argument(
     "--kernel",
     action="store_true",
-    help="read the cache by models/tree_attention.py: on a TPU",
+    help="read the cache by attention.KERNELS, which is off",
   )
   parser.add_argument("--out", default="", help=".jsonl file to add rows to")
   args = parser.parse_args(argv)
   if args.rounds < 1 or args.new < 2:
     raise UserError("--rounds must be 1 or more, --new 2 or more")
-  if args.kernel and jax.devices()[0].platform != "tpu":
-    raise UserError("--kernel is for a TPU, and there is none here")
   if args.kernel:
-    attention.KERNEL_ON = ("tpu",)
+    platform = jax.devices()[0].platform
+    platform = {"gpu": "cuda"}.get(platform, platform)
+    if platform not in attention.KERNELS:
+      raise UserError(
+        f"--kernel is for a TPU or a GPU, and this is a {platform}"
+      )
+    attention.KERNEL_ON = (platform,)
   config = SHAPES[args.shape]
   model = weights.to_model(config, jax.jit(lambda: weights.init(config, 0))())
   model = for_decoding(model)

@@ -118,7 +118,9 @@ class Drafter:
   def init(self, params: Params, batch: int, slots: int) -> Any:
     """The drafter's own state, a pytree of arrays (or None).
 
-    slots: of the target's cache, enough for prompt, output and a draft.
+    slots: of the target's cache, enough for the prompt, a draft and its root.
+      When it grows, each array is put at the beginning of the one that more
+      slots give here.
     """
     return None
 

@@ -14,6 +14,7 @@ slots, K key/value heads, G query heads per key/value head, H head size.
 """
 
 import functools
+import importlib
 
 import flax.struct
 import jax
@@ -34,10 +35,11 @@ from spec_stream.models.lora import Linear
 from spec_stream.models.scores import joined, scores
 from spec_stream.models.segments import SegmentRows
 
-# Platforms where `tree_attention` reads the cache, of cpu, tpu, cuda and rocm:
-# those where it measured faster. None was measured yet; experiments/step_cost
-# tries it. It is of one device: XLA cannot split it over a mesh. What was
-# compiled before a change stays as it was until `jax.clear_caches`.
+# Kernels that read the cache, and the platforms where they do so: those where
+# they measured faster. None was measured yet; experiments/step_cost tries them.
+# Each is of one device: XLA cannot split it over a mesh. What was compiled
+# before a change stays as it was until `jax.clear_caches`.
+KERNELS = {"tpu": "tree_attention", "cuda": "tree_attention_gpu"}
 KERNEL_ON: tuple[str, ...] = ()
 
 
@@ -188,8 +190,9 @@ def _attend(q, k, v, rows: Rows, cache, length, cap: float):
   default = functools.partial(_dense, cap)
   if cache is None or length is None:
     return default(*args)
-  kernel = functools.partial(_by_kernel, cap)
-  ways = dict.fromkeys(KERNEL_ON, kernel)
+  ways = {
+    on: functools.partial(_by_kernel, KERNELS[on], cap) for on in KERNEL_ON
+  }
   return jax.lax.platform_dependent(*args, default=default, **ways)
 
 
@@ -206,15 +209,15 @@ def _dense(cap: float, q, k, v, rows: Rows, cache, length):
   return joined(blocks, weigh)
 
 
-def _by_kernel(cap: float, q, k, v, rows: Rows, cache, length):
-  from spec_stream.models import tree_attention  # Pallas is slow to import
-
-  many = q.shape[2] * q.shape[3] > tree_attention.LARGEST  # a prompt's chunk
-  if rows.old is not None or many:  # a mask of its own for every row
+def _by_kernel(name: str, cap: float, q, k, v, rows: Rows, cache, length):
+  # Only where it is used: Pallas is slow to import.
+  kernel = importlib.import_module(f"spec_stream.models.{name}")
+  fits = kernel.fits(
+    *q.shape[2:], cache[0].shape[3]
+  )  # a prompt's chunk may not
+  if rows.old is not None or not fits:  # a mask of its own for every row
     return _dense(cap, q, k, v, rows, cache, length)
   first = None
   if rows.window:
     first = jnp.maximum(rows.positions - rows.window + 1, 0)
-  return tree_attention.attend(
-    q, k, v, rows.mask, cache, length, first, cap=cap
-  )
+  return kernel.attend(q, k, v, rows.mask, cache, length, first, cap=cap)

@@ -78,13 +78,9 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-  """Weights; `forward` runs them. Stream modules exist if J > 0.
+  """Weights; `forward` runs them. Stream modules exist if J > 0."""
 
-  head_rows: up to so many rows the LM head is multiplied with more of them
-  sooner than read a second time, see `step`; `lay_out` knows the device.
-  """
-
-  head_rows = 128
+  head_rows = 0  # as of `step.reads_head_once`
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     self.config = config
@@ -131,7 +127,6 @@ class Transformer(nnx.Module):
 
 
 _NEVER = -1e9  # logit of a token that does not exist
-_HEAD_ROWS_CPU = 16  # arithmetic costs more there: experiments/step_cost
 
 
 @flax.struct.dataclass
@@ -345,11 +340,10 @@ def lay_out(model: Transformer) -> Transformer:
     if linear.gains
   ]
   tied = model.head is None and is_large(table)
-  ready = model.embed.out_first == tied and model.head_rows == _HEAD_ROWS_CPU
-  if ready and not large(model):
+  if not large(model) and model.embed.out_first == tied:
     return model
   model = nnx.clone(model)
-  model.embed.out_first, model.head_rows = tied, _HEAD_ROWS_CPU
+  model.embed.out_first = tied
   for linear in large(model):
     linear.lay_out()
   return model
