@@ -121,8 +121,10 @@ class Linear(nnx.Module):
     if self.out_first:
       y = matmul_out_first(x, self.kernel[...].astype(x.dtype), dtype)
     elif self.kernel_scale is None:
-      kernel = wide(self.kernel)
-      y = matmul(x, kernel, dtype)
+      y = matmul(x, wide(self.kernel), dtype)
+    elif len(self.kernel_scale[...]) == 1:  # of an output as a whole: it waits
+      y = matmul(x, wide(self.kernel))
+      y = (y * self.kernel_scale[...][0]).astype(y.dtype)
     else:
       scale = self.kernel_scale[...]
       kernel = self.kernel[...].reshape(x.shape[-1], -1)

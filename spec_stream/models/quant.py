@@ -4,7 +4,8 @@ Every kernel of the blocks is stored as `kernel` [*in, *out] of int8 or int4 and
 `kernel_scale` [tiles, *out] in float32; int8 has one scale an output, int4 one
 for each 64 inputs of it as well. Embeddings, head, norms and biases stay as
 they are. Products are made in the dtype of the computation, of dequantised
-kernels: the quantised model is the target, for plain decoding as for drafts.
+kernels, or of the integers where one scale an output can be applied to the
+product: the quantised model is the target, for plain decoding as for drafts.
 """
 
 import math
