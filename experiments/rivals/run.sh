@@ -62,7 +62,7 @@ for task in e2e_nlg sql_create_context; do
   for name in draft_model medusa hydra redrafter eagle; do
     every+=,$name=$rivals/$name
   done
-  bench streams --drafters=$every
+  bench streams --drafters="$every"
   bench streams --drafters=none,eagle="$rivals/eagle3"
   bench streams_corrected
   bench streams_500 --drafters=none,streams,medusa="$rivals/medusa_500"
