@@ -108,6 +108,7 @@ def main(argv):
     batch=_BATCH.value,
     refill=_REFILL.value,
     repeats=_REPEATS.value,
+    grow=not _ROOFLINE.value,  # steps and their stages of one program
     max_new_tokens=drafting.MAX_NEW_TOKENS.value,
     **_sampling(),
   )

@@ -47,12 +47,14 @@ class Settings:
   refill: a row that is done goes on with the next prompt (see
   `spec_stream.refill`): throughput over all prompts, in place of batches that
   wait for their last row. Prompt i draws with seed + i, in each method alike.
+  grow: whether caches start small, see `decode`.
   """
 
   batch: int = 1
   refill: bool = False
   repeats: int = 1
   max_new_tokens: int = 128
+  grow: bool = True
   end_token: int | tuple[int, ...] = -1
   temperature: float = 0.0
   top_k: int = 0
@@ -79,6 +81,7 @@ class Settings:
     """What `decode.generate` is to be told."""
     return dict(
       max_new_tokens=self.max_new_tokens,
+      grow=self.grow,
       end_token=self.end_token,
       seed=seed,
       **self.sampling(),

@@ -2,13 +2,12 @@
 
 `generate` makes compiled calls: the prefill, and `lax.while_loop` over `step`
 until every row is done, with the state donated. `stream` runs the same `step`
-call by call. Prompt lengths and limits are rounded up to buckets, so that a
-second prompt compiles nothing.
+call by call. Prompt lengths and limits are rounded up to buckets, so that
+requests of like length share programs.
 
 A step reads all slots of the cache. So where much may be generated, the cache
 starts small: the loop ends when a row has no room for another step, and goes on
-as a program for twice the slots. While one cache becomes the next both are
-held.
+as a program for twice the slots.
 
 Letters: B batch row, M tree nodes, S cache slots.
 """
@@ -75,16 +74,10 @@ def _loop(graphdef, weights, drafter, state):
   )
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "drafter", "slots"))
-def _grow(graphdef, weights, drafter, slots, cache, own):
-  """The cache and what the drafter holds, with room for `slots` tokens."""
-  params, batch = nnx.merge(graphdef, weights), len(cache.length)
-  heads, dtype = cache.layers[0][0].shape[1:3], cache.layers[0][0].dtype
-  new = empty(batch, slots, len(cache.layers), *heads, dtype)
-  put = lambda new, old: jax.lax.dynamic_update_slice(new, old, (0,) * old.ndim)
-  return jax.tree.map(
-    put, (new, drafter.init(params, batch, slots)), (cache, own)
-  )
+@functools.partial(jax.jit, static_argnames="shape")
+def _pad(x, shape):
+  """x at the beginning of zeros."""
+  return jnp.pad(x, [(0, new - old) for new, old in zip(shape, x.shape)])
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "drafter"))
@@ -168,9 +161,19 @@ class Decoder:
     )
 
   def serve(
-    self, prompts: Sequence[Sequence[int]], batch: int, **settings
+    self,
+    prompts: Sequence[Sequence[int]],
+    batch: int,
+    *,
+    grow: bool = False,
+    **settings,
   ) -> refill.Served:
-    """All prompts by `batch` rows in one compiled loop: see `refill`."""
+    """All prompts by `batch` rows in one compiled loop: see `refill`.
+
+    grow: as of `start`, but the cache never does here: it has all slots at
+    once, for rows at all lengths.
+    """
+    del grow
     if not 0 < batch <= len(prompts):
       raise UserError(
         f"batch={batch} must lie between 1 and the {len(prompts)} prompts"
@@ -241,19 +244,19 @@ class Decoder:
     """Decodes to the end of every row. `state` is donated."""
     state = self._run(state)
     while not np.asarray(state.done).all():
-      state = self._grown(state)  # the old cache is free before the next loop
+      state = self._grown(state, donate=True)
       state = self._run(state)
     return state
 
   def warm_up(self, prompts: Sequence[Sequence[int]], **settings):
     """Compiles what `start` and `finish` of such requests may need, whatever
-    the length of their outputs.
+    the length of their outputs, which it decodes once.
 
     Else `finish` compiles a loop when first an output outgrows a cache.
     """
     state = self.finish(self.start(prompts, **settings))
     while self._larger(state) > state.cache.num_slots:
-      state = self._grown(state)
+      state = self._grown(state, donate=True)
       state = self._run(state)
     jax.block_until_ready(state)
 
@@ -270,15 +273,27 @@ class Decoder:
       state = self._grown(state)
     return _step(self.graphdef, self.weights, self.drafter, state)
 
-  def _grown(self, state: DecodeState) -> DecodeState:
-    cache, own = _grow(
-      self.graphdef,
-      self.weights,
-      self.drafter,
-      self._larger(state),
-      state.cache,
-      state.drafter,
-    )
+  def _grown(self, state: DecodeState, donate: bool = False) -> DecodeState:
+    """With a larger cache; array by array, so that with `donate` no more is
+    held than the old or the new, and one array."""
+    layers, slots = state.cache.layers, self._larger(state)
+    batch, *heads, _ = layers[0][0].shape
+
+    def larger():
+      params = nnx.merge(self.graphdef, self.weights)
+      cache = empty(batch, slots, len(layers), *heads, layers[0][0].dtype)
+      return cache, self.drafter.init(params, batch, slots)
+
+    def grow(old, new):
+      if old.shape == new.shape:
+        return old
+      made = _pad(old, new.shape)
+      if donate:
+        old.delete()
+      return made
+
+    held = state.cache, state.drafter
+    cache, own = jax.tree.map(grow, held, jax.eval_shape(larger))
     return state.replace(cache=cache, drafter=own)
 
   def _larger(self, state: DecodeState) -> int:
@@ -440,7 +455,7 @@ def generate(
   batch: int = 0,
   **settings,
 ) -> list[Generation]:
-  """Decodes prompts (token ids) in one compiled loop.
+  """Decodes prompts (token ids) in a compiled loop.
 
   Args:
     model: the target. For many calls give `for_decoding(model)`, or make one
@@ -455,7 +470,7 @@ def generate(
       stop=(), sequences of token ids that do, or a table of `stops` for text;
       slots=0, the least of the cache; grow=True, or False: it is made at once
       with as many as prompt and output may need, so that all is one program
-      and no cache is copied (with `batch` it always is).
+      and no cache is copied, as it always is with `batch`.
       The noise of a request depends on its seed and on positions alone: the
       same prompt and seed give the same tokens in any batch, with any drafter.
 

@@ -55,10 +55,11 @@ def _flops(jaxpr) -> int:
     if equation.primitive.name == "platform_index":
       by_platform += equation.outvars
     if equation.primitive.name == "cond":
-      # Of a choice by platform what the program asks for: that of any other.
       index = equation.invars[0]
-      pick = min if any(index is x for x in by_platform) else max
-      inside = [pick(inside, default=0)]
+      if any(index is x for x in by_platform):
+        inside = inside[-1:]  # what the program asks for: that of any other
+      else:
+        inside = [max(inside, default=0)]
     total += times * sum(inside)
   return total
 

@@ -4,6 +4,7 @@ JAX_PLATFORMS=cuda,cpu pytest -m gpu
 """
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -17,11 +18,12 @@ from spec_stream import (
   TreeSpec,
   bench,
   bench_rows,
+  generate,
   hlo,
   weights,
 )
 from spec_stream.decode import Decoder
-from spec_stream.models import tree_attention_gpu
+from spec_stream.models import attention, tree_attention_gpu
 from spec_stream.models.prune import Prune
 from spec_stream.models.transformer import causal_mask, forward
 
@@ -70,17 +72,50 @@ def test_logits_are_those_of_a_cpu():
   np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_kernel_is_the_dense_form(dtype):
-  x = case(0, 2, 4, 12, 4, 64, 1040, dtype)
+SHAPES = [  # dtype, rows, groups, size, window, cap, programs
+  ("float32", 12, 4, 64, 0, 0.0, 256),
+  ("float32", 16, 4, 128, 0, 5.0, 8),  # as many queries as there may be
+  ("bfloat16", 1, 1, 128, 0, 0.0, 8),  # two blocks and more a program
+  ("bfloat16", 32, 4, 128, 200, 0.0, 8),
+]
+
+
+@pytest.mark.parametrize(
+  "dtype, rows, groups, size, window, cap, programs", SHAPES
+)
+def test_the_kernel_is_the_dense_form(
+  dtype, rows, groups, size, window, cap, programs
+):
+  x = case(0, 2, 2, rows, groups, size, 1040, dtype)
+  assert tree_attention_gpu.fits(rows, groups, size, 1040, dtype)
+  first = None
+  if window:
+    first = x["length"][:, None] + np.arange(rows) - window + 1
+    first = np.maximum(first, 0).astype(np.int32)
+  attend = functools.partial(
+    tree_attention_gpu.attend, cap=cap, programs=programs
+  )
   with jax.default_matmul_precision("highest"):
-    found = jax.jit(lambda x: tree_attention_gpu.attend(**x))(x)
+    found = jax.jit(lambda x: attend(**x, first=first))(x)
     exact = jax.tree.map(
       lambda x: x.astype("float32") if x.dtype == "bfloat16" else x, x
     )
-    expected = dense(**exact, window=0, cap=0.0)
+    expected = dense(**exact, window=window, cap=cap)
   atol = 0.03 if dtype == "bfloat16" else 1e-4
   np.testing.assert_allclose(np.asarray(found, "float32"), expected, atol=atol)
+
+
+def test_the_kernel_changes_no_token(monkeypatch):
+  model = make(dtype="float32")
+  prompts = [[5, 6, 7, 8], [9, 3]]
+  options = dict(max_new_tokens=24, seed=3, temperature=[0.0, 0.8])
+  plain = generate(model, prompts, NoDraft(), **options)
+  monkeypatch.setattr(attention, "KERNEL_ON", ("cuda",))
+  jax.clear_caches()
+  tree = StreamDraft(TreeSpec("best_first", 6))
+  fast = generate(model, prompts, tree, **options)
+  jax.clear_caches()
+  assert [x.token_ids for x in fast] == [x.token_ids for x in plain]
 
 
 @pytest.mark.parametrize("nodes", [1, 6])

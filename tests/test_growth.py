@@ -88,6 +88,16 @@ def test_tokens_where_the_cache_grows(x64, small, name):
   assert grew and drafted
 
 
+def test_a_queue_of_prompts_has_its_whole_cache(small):
+  model, _ = make(CASES["prompt_lookup"], 1, "float32")
+  options = dict(drafter=NoDraft(), batch=1, max_new_tokens=40)
+  found = [
+    decode.generate(model, [[1, 2], [3]], grow=grow, **options)
+    for grow in (True, False)
+  ]
+  assert found[0] == found[1]
+
+
 def test_drafts_of_the_rejection_rule_outlive_a_growth(x64, small):
   config, drafter = REJECTION
   model, prompts = random_model(config, 4), [[1, 2, 3], [4, 5]]

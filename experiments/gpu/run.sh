@@ -110,12 +110,12 @@ if [ -f "$out/run/results.jsonl" ]; then
   cp "$out/run/results.jsonl" "$out/results.jsonl"
 fi
 if [ "$wanted" = gpu ]; then # if there is time
-  steps steps-1b-long 60 1b 16 --prompts=2 --lengths=1000
   for kernel in "" --kernel; do # dense attention, then models/tree_attention_gpu
     stage "lengths$kernel" 45 "$python" experiments/step_cost/lengths.py \
       --shape=1b --slots=0 --lengths=100,1000 --nodes=16 --rounds=3 $kernel \
       --out="$out/lengths.jsonl"
   done
+  steps steps-1b-long 60 1b 16 --prompts=2 --lengths=1000
 fi
 cat "$out/stages.jsonl"
 exit "$failed"

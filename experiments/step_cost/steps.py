@@ -110,7 +110,11 @@ def main(argv: list[str]) -> int:
     for kept in numbers(args.kept)
     if kept < nodes
   ]
-  settings = bench.Settings(batch=args.batch, max_new_tokens=args.new)
+  settings = bench.Settings(
+    batch=args.batch,
+    max_new_tokens=args.new,
+    grow=not args.stages,  # whose time is that of one program
+  )
   rows = []
   rng = np.random.default_rng(0)
   for length in numbers(args.lengths):

@@ -119,7 +119,7 @@ class Drafter:
     """The drafter's own state, a pytree of arrays (or None).
 
     slots: of the target's cache, enough for the prompt, a draft and its root.
-      When it grows, each array is put at the beginning of the one that more
+      When it grows, arrays get zeros at their ends, to the shapes that more
       slots give here.
     """
     return None

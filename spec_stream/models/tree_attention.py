@@ -27,9 +27,9 @@ LARGEST = 1024  # N: what a TPU's fast memory holds beside scores of a block
 _NEVER = -1e30  # finite: as in `scores`
 
 
-def fits(rows: int, groups: int, size: int, slots: int) -> bool:
+def fits(rows: int, groups: int, size: int, slots: int, dtype) -> bool:
   """Whether the kernel is for such shapes."""
-  del size, slots  # any
+  del size, slots, dtype  # any
   return rows * groups <= LARGEST
 
 

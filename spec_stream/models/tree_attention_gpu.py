@@ -25,15 +25,21 @@ from spec_stream.models.layers import softcap, wide
 from spec_stream.models.scores import scores
 
 BLOCK = 64  # slots
-LARGEST = 128  # N: what a processor's registers hold
+LARGEST = 2**15  # bytes of N queries: what a processor's registers hold
 PROGRAMS = 256  # to split the slots for: two for each processor
 _NEVER = -1e30  # finite: as in `scores`
 
 
-def fits(rows: int, groups: int, size: int, slots: int) -> bool:
+def fits(rows: int, groups: int, size: int, slots: int, dtype) -> bool:
   """Whether the kernel is for such shapes: Triton's are powers of two."""
-  power = size & (size - 1) == 0 and size >= 16
-  return power and rows * groups <= LARGEST and slots >= 16
+  if size & (size - 1) or min(size, slots) < 16:
+    return False
+  dtype = jnp.dtype(dtype)
+  return _padded(rows * groups) * size * dtype.itemsize <= LARGEST
+
+
+def _padded(rows: int) -> int:
+  return max(16, 1 << (rows - 1).bit_length())
 
 
 def attend(
@@ -56,10 +62,11 @@ def attend(
   """
   batch, heads, rows, groups, size = q.shape
   slots, many = cache[0].shape[3], rows * groups
-  padded = max(16, 1 << (many - 1).bit_length())
+  padded = _padded(many)
   block = min(block, 1 << (slots.bit_length() - 1))
   blocks = pl.cdiv(slots, block)
-  parts = min(blocks, pl.cdiv(programs, batch * heads))
+  per = pl.cdiv(blocks, pl.cdiv(programs, batch * heads))  # of a part
+  parts = pl.cdiv(blocks, per)
   dtype = wide(q.dtype)
   more = lambda x, axis: jnp.pad(
     x, [(0, padded - many if i == axis else 0) for i in range(x.ndim)]
@@ -75,9 +82,7 @@ def attend(
     (batch, heads, parts, padded, *shape), dtype
   )
   found = pl.pallas_call(
-    functools.partial(
-      _kernel, block=block, per=pl.cdiv(blocks, parts), cap=cap
-    ),
+    functools.partial(_kernel, block=block, per=per, cap=cap),
     out_shape=(out(size), out(), out()),
     grid=(batch, heads, parts),
     in_specs=[
@@ -88,7 +93,9 @@ def attend(
       whole(slots, size),
     ],
     out_specs=(part(padded, size), part(padded), part(padded)),
-    compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+    compiler_params=triton.CompilerParams(
+      num_warps=4 if padded * size < 2**13 else 8, num_stages=2
+    ),
     interpret=interpret,
     name="tree_attention",
   )(
