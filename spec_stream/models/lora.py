@@ -126,11 +126,9 @@ class Linear(nnx.Module):
       y = matmul(x, wide(self.kernel))
       y = (y * self.kernel_scale[...][0]).astype(y.dtype)
     else:
+      kernel = self.kernel[...].reshape(x.shape[-1], *self.outputs)
       scale = self.kernel_scale[...]
-      kernel = self.kernel[...].reshape(x.shape[-1], -1)
-      scale = scale.reshape(len(scale), -1)
       y = matmul(x, quant.dequantise(kernel, scale, x.dtype))
-      y = y.reshape(batch, rows, *self.outputs)
     if self.bias is not None:
       y = y + self.bias[...].astype(y.dtype)
     if self.lora_a is not None and adapt_from < rows:

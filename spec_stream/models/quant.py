@@ -53,12 +53,11 @@ def quantise(kernel: jax.Array, inputs: int, kind: str):
 
 
 def dequantise(kernel: jax.Array, scale: jax.Array, dtype) -> jax.Array:
-  """[n, m] integers and [tiles, m] scales -> [n, m] of dtype."""
+  """[n, *out] integers and [tiles, *out] scales -> [n, *out] of dtype."""
   # Not by qwix.dequantize, whose result XLA writes out before the product: for
   # a TPU three times the bytes of a bfloat16 kernel.
-  count, (size, outputs) = len(scale), kernel.shape
-  parts = kernel.reshape(count, size // count, outputs).astype(scale.dtype)
-  return (parts * scale[:, None]).astype(dtype).reshape(size, outputs)
+  parts = kernel.reshape(len(scale), -1, *kernel.shape[1:]).astype(scale.dtype)
+  return (parts * scale[:, None]).astype(dtype).reshape(kernel.shape)
 
 
 def _qwix():
