@@ -47,9 +47,8 @@ def milliseconds(
 
   Raises: UserError if the profiler leaves nothing to read.
   """
-  start = lambda: jax.block_until_ready(
-    decoder.start(prompts, grow=False, **settings)  # one program
-  )
+  settings["grow"] = False  # one program
+  start = lambda: jax.block_until_ready(decoder.start(prompts, **settings))
   done = decoder.finish(start())  # compiles
   steps = int(done.target_calls.max()) - 1
   if not steps:

@@ -61,9 +61,7 @@ def finished(model, drafter, prompts, options, own=None, **more):
   return collect(state), first, state.cache.num_slots
 
 
-@pytest.mark.parametrize(
-  "name", in_short(CASES, ("streams, corrected", "eagle"))
-)
+@pytest.mark.parametrize("name", in_short(CASES, ("eagle",)))
 def test_tokens_where_the_cache_grows(x64, small, name):
   """Of every drafter, those of plain decoding in a cache that does not; and
   each draft as it is in such a cache."""
