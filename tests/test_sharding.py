@@ -216,8 +216,8 @@ def decode_on_eight_devices():
 
   sizes, grown = set(), decode.Decoder._grown
 
-  def grow(decoder, state):
-    state = grown(decoder, state)
+  def grow(decoder, state, **options):
+    state = grown(decoder, state, **options)
     sizes.add(state.cache.num_slots)
     return state
 
