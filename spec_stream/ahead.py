@@ -25,6 +25,7 @@ from spec_stream import (
 from spec_stream.drafters.base import Drafter, Params
 from spec_stream.models.config import ModelConfig
 from spec_stream.models.transformer import merge_lora
+from spec_stream.step import head_rows
 from spec_stream.train import config as train_config
 from spec_stream.train import losses
 from spec_stream.train import state as states
@@ -152,17 +153,16 @@ def decoding(
   FLOPs of one step).
 
   As in `decode.Decoder` with all slots, but for the layout that large kernels
-  have on a CPU:
-  adapters of shared mode are folded in, weights lie by the rules of `sharding`,
-  and the state where prefill leaves it. Prompts of
-  `prompt` tokens; what is left of the cache's slots is for new ones.
+  have on a CPU: adapters of shared mode are folded in, weights lie by the rules
+  of `sharding`, and the state where prefill leaves it. Prompts of `prompt`
+  tokens; what is left of the cache's slots is for new ones.
   """
   drafter = drafter.resolve(model)
   graph = []
 
   def folded(values):
     target = merge_lora(weights.to_model(model, values))
-    target.head_rows = decode.head_rows(mesh.devices.flat[0].platform)
+    target.head_rows = head_rows(mesh.devices.flat[0].platform)
     made, values = nnx.split(Params(target))
     graph.append(made)
     return values

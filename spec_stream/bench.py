@@ -28,6 +28,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from spec_stream import buckets, draft_time
 from spec_stream.decode import Decoder, Generation, collect
 from spec_stream.drafters.base import Drafter
 from spec_stream.drafters.none import NoDraft
@@ -47,7 +48,7 @@ class Settings:
   refill: a row that is done goes on with the next prompt (see
   `spec_stream.refill`): throughput over all prompts, in place of batches that
   wait for their last row. Prompt i draws with seed + i, in each method alike.
-  grow: whether caches start small, see `decode`.
+  grow: whether caches begin small, see `buckets`; with refill they never do.
   """
 
   batch: int = 1
@@ -81,7 +82,6 @@ class Settings:
     """What `decode.generate` is to be told."""
     return dict(
       max_new_tokens=self.max_new_tokens,
-      grow=self.grow,
       end_token=self.end_token,
       seed=seed,
       **self.sampling(),
@@ -209,7 +209,8 @@ def measure(
     if settings.refill:
       state = decoder.serve(prompts[at], rows, **options)
     else:
-      state = jax.block_until_ready(decoder.start(prompts[at], **options))
+      state = decoder.start(prompts[at], grow=settings.grow, **options)
+      jax.block_until_ready(state)
       middle = time.perf_counter()
       state = decoder.finish(state)
     jax.block_until_ready(state)
@@ -224,7 +225,8 @@ def measure(
       if settings.refill:
         run(decoder, at)
       else:  # larger caches too, which other prompts may need
-        decoder.warm_up(prompts[at], **settings.options(seeds[at]))
+        options = settings.options(seeds[at])
+        decoder.warm_up(prompts[at], grow=settings.grow, **options)
       cold = time.perf_counter() - begin
       warm = sum(run(decoder, at)[1:])
       result.compile_seconds += max(cold - warm, 0.0)
@@ -250,7 +252,7 @@ def measure(
     if time_drafts and decoder.drafter.num_nodes > 1:
       first = prompts[shapes[0]][:rows]
       state = decoder.start(first, **settings.options(0))
-      result.draft_seconds = decoder.time_draft(state)
+      result.draft_seconds = draft_time.seconds(decoder, state)
   return results
 
 
@@ -269,12 +271,12 @@ def _check_unique(prompts):
 def _one_of_each_shape(prompts, batches) -> list[slice]:
   """A batch for each combination of prompt bucket and batch size.
 
-  The buckets are those of `Decoder`; if they were not, `recompiles` would say.
+  The buckets are those of `Decoder`, but for the largest.
   """
   shapes = {}
   for at in batches:
     longest = max(map(len, prompts[at]))
-    bucket = max(16, 1 << (longest - 1).bit_length())
+    bucket = buckets.round_up(longest)
     shapes.setdefault((at.stop - at.start, bucket), at)
   return list(shapes.values())
 

@@ -13,7 +13,8 @@ step_ms, step_cost  one call of the compiled loop; in steps of the baseline
 draft_ms            one draft alone, in a loop of nothing else (without the LM
                     head where the step reads it once for all); draft_share: of
                     a step
-compile_seconds     first call of each shape less a second one; where programs
+compile_seconds     first call of each shape, and of all caches that an output
+                    may need, less a second one; where programs
                     are kept (JAX_COMPILATION_CACHE_DIR), of those not found
 extra_params        weights beyond those of a plain decoder
 """

@@ -2,20 +2,14 @@
 
 `generate` makes compiled calls: the prefill, and `lax.while_loop` over `step`
 until every row is done, with the state donated. `stream` runs the same `step`
-call by call. Prompt lengths and limits are rounded up to buckets, so that
-requests of like length share programs.
-
-A step reads all slots of the cache. So where much may be generated, the cache
-starts small: the loop ends when a row has no room for another step, and goes on
-as a program for twice the slots.
+call by call. The loop also ends when a row has no room for another step: it
+goes on as a program for a larger cache (`buckets`).
 
 Letters: B batch row, M tree nodes, S cache slots.
 """
 
 import dataclasses
 import functools
-import operator
-import time
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -23,31 +17,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from spec_stream import refill, stops
+from spec_stream import buckets, refill, stops
 from spec_stream.cache import empty
-from spec_stream.drafters.base import Accepted, Drafter, Params, check_rule
+from spec_stream.drafters.base import Drafter, Params, check_rule
 from spec_stream.drafters.streams import StreamDraft
 from spec_stream.errors import UserError
-from spec_stream.models.layers import wide
+from spec_stream.models.lora import devices
 from spec_stream.models.transformer import Transformer, for_decoding
 from spec_stream.sampling import make as make_sampling
-from spec_stream.step import (
-  HEAD_ROWS,
-  HEAD_ROWS_CPU,
-  DecodeState,
-  has_room,
-  prefill,
-  reads_head_once,
-  step,
-)
+from spec_stream.step import DecodeState, has_room, head_rows, prefill, step
 from spec_stream.tree import TokenTree
 
 # Jitted entry points. Target and drafter's own weights (`Params`) travel as
 # (graphdef, weights): their structure is static, their weights are arguments.
 
 _STATIC = ("graphdef", "drafter", "slots", "num_new")
-
-SMALLEST = 256  # slots that a cache is made with at once, if it may need them
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
@@ -85,47 +69,6 @@ def _step(graphdef, weights, drafter, state):
   return step(nnx.merge(graphdef, weights), drafter, state)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "drafter", "count"))
-def _drafts(graphdef, weights, drafter, count, state):
-  """`count` drafts, one after the other, each with what a step would give."""
-  params, batch = nnx.merge(graphdef, weights), len(state.num_tokens)
-  config = params.target.config
-  zeros = lambda *shape: jnp.zeros((batch, *shape), config.dtype)
-  longest, streams = drafter.longest, drafter.num_streams
-  num_nodes = drafter.prune.kept_nodes or drafter.num_nodes
-  stream_logits = None
-  if reads_head_once(params.target, drafter, batch, num_nodes):
-    known = (batch, drafter.stream_depth, config.vocab_size)
-    stream_logits = jnp.zeros(known, wide(config.dtype))
-  accepted = Accepted(
-    root=state.tree.tokens[:, 0],
-    position=state.cache.length,
-    tokens=state.tokens[:, :longest],
-    count=jnp.zeros(batch, jnp.int32),  # so that all may start at one place
-    hidden=zeros(longest, config.width),
-    streams=zeros(streams, config.width) if streams else None,
-    stream_logits=stream_logits,
-    taps=zeros(longest, len(drafter.taps), config.width)
-    if drafter.taps
-    else None,
-    draws=state.tree.tokens,
-    sampling=state.sampling,
-  )
-
-  def draft(_, carry):
-    root, own = carry
-    # All that a draft reads waits for the one before: or XLA would compute what
-    # stays the same once, before the loop.
-    now = jax.tree.map(
-      lambda x: x + (root.max() < 0).astype(x.dtype),
-      accepted.replace(root=root),
-    )
-    tree, own = drafter.propose(params, own, now)
-    return jnp.maximum(tree.tokens.max(1), 0), own
-
-  return jax.lax.fori_loop(0, count, draft, (accepted.root, state.drafter))
-
-
 class Decoder:
   """A target and a drafter, checked against each other and ready to run.
 
@@ -141,7 +84,8 @@ class Decoder:
     model = for_decoding(model)
     target = nnx.clone(model)
     target.drafter = nnx.data(None)
-    target.head_rows = head_rows(_platform(model.embed.table[...]))
+    on = devices(model.embed.table[...]) or jax.devices()
+    target.head_rows = head_rows(next(iter(on)).platform)
     if own is None and drafter.Module is not None:
       own = model.drafter
     if isinstance(own, Transformer):
@@ -164,16 +108,10 @@ class Decoder:
     self,
     prompts: Sequence[Sequence[int]],
     batch: int,
-    *,
-    grow: bool = False,
     **settings,
   ) -> refill.Served:
-    """All prompts by `batch` rows in one compiled loop: see `refill`.
-
-    grow: as of `start`, but the cache never does here: it has all slots at
-    once, for rows at all lengths.
-    """
-    del grow
+    """All prompts by `batch` rows in one compiled loop: see `refill`. The cache
+    has all slots at once, for rows at all lengths."""
     if not 0 < batch <= len(prompts):
       raise UserError(
         f"batch={batch} must lie between 1 and the {len(prompts)} prompts"
@@ -204,15 +142,15 @@ class Decoder:
     prompts = [np.asarray(p, np.int64) for p in prompts]
     batch = len(prompts)
     limits = np.broadcast_to(np.asarray(max_new_tokens, np.int64), (batch,))
-    bucket, num_new = self._sizes(prompts, limits)
-    most = self._most(bucket, num_new + self.drafter.longest)
-    first = self._slots(slots)
-    if first < most:
-      least = max(first, SMALLEST, bucket + self.drafter.longest + 1)
-      first = _round_up(least)
-      if 3 * first >= 4 * least:
-        first = 3 * first // 4
-      first = _or_all(first, most)
+    if not prompts:
+      raise UserError("no prompt given: a batch needs at least one")
+    self.check(prompts, limits)
+    positions, longest = self.config.max_positions, self.drafter.longest
+    bucket = buckets.bucket(max(len(p) for p in prompts), positions)
+    num_new = buckets.bucket(int(limits.max()), positions)
+    slots = buckets.check(slots, positions, longest)
+    most = max(slots, buckets.whole(bucket, num_new + longest))
+    first = buckets.first(max(slots, bucket + longest + 1), most)
     ends = np.atleast_1d(np.asarray(end_token, np.int64))
     for end in ends:
       if not -1 <= end < self.config.vocab_size:
@@ -238,7 +176,7 @@ class Decoder:
       stop,
       make_sampling(batch, **sampling),
     )
-    return args, first, max(first, most), num_new
+    return args, first, most, num_new
 
   def finish(self, state: DecodeState) -> DecodeState:
     """Decodes to the end of every row. `state` is donated."""
@@ -298,54 +236,10 @@ class Decoder:
 
   def _larger(self, state: DecodeState) -> int:
     """Slots that come after those of `state`; they stay, if all are there."""
-    slots = state.cache.num_slots
     longest = int((state.cache.length - state.num_tokens).max()) + 1
-    most = self._most(self._bucket(longest), state.tokens.shape[1])
-    return max(slots, _or_all(2 * slots, most))
-
-  def time_draft(self, state: DecodeState, count: int = 64) -> float:
-    """Seconds of one draft, apart from all else of a step: of `count` in one
-    compiled loop the mean, the best of three."""
-    args = (self.graphdef, self.weights, self.drafter, count, state)
-    seconds = []
-    for _ in range(4):  # the first compiles
-      begin = time.perf_counter()
-      jax.block_until_ready(_drafts(*args))
-      seconds.append(time.perf_counter() - begin)
-    return min(seconds[1:]) / count
-
-  def _sizes(self, prompts, limits) -> tuple[int, int]:
-    """Prompt bucket and room for new tokens; or a UserError.
-
-    Both are rounded up, so that requests of like length share one program.
-    """
-    if not prompts:
-      raise UserError("no prompt given: a batch needs at least one")
-    self.check(prompts, limits)
-    num_new = min(_round_up(int(limits.max())), self.config.max_positions)
-    return self._bucket(max(len(p) for p in prompts)), num_new
-
-  def _bucket(self, length: int) -> int:
-    return min(_round_up(length), self.config.max_positions)
-
-  def _most(self, bucket: int, new: int) -> int:
-    """Slots of the longest output; new: of tokens and a draft."""
-    return -(-(bucket + new) // 16) * 16
-
-  def _slots(self, slots: int) -> int:
-    """Those asked for, rounded up."""
-    most = 2 * _round_up(self.config.max_positions)
-    most = self._most(most, self.drafter.longest)
-    try:
-      wrong = not 0 <= operator.index(slots) <= most
-    except TypeError:
-      wrong = True
-    if wrong:
-      raise UserError(
-        f"slots={slots} must be a whole number from 0 to {most}, what prompts "
-        f"and outputs of model.max_positions={self.config.max_positions} need"
-      )
-    return -(-slots // 16) * 16
+    bucket = buckets.bucket(longest, self.config.max_positions)
+    most = buckets.whole(bucket, state.tokens.shape[1])
+    return buckets.larger(state.cache.num_slots, most)
 
   def check(self, prompts: Sequence[Sequence[int]], limits):
     """Raises: UserError, naming the prompt by its place, if one is empty, too
@@ -372,27 +266,6 @@ class Decoder:
           f"the cache of {most} (model.max_positions): shorten the prompt or "
           "lower max_new_tokens"
         )
-
-
-def head_rows(platform: str) -> int:
-  """As of `reads_head_once`, for a target on such devices."""
-  return HEAD_ROWS_CPU if platform == "cpu" else HEAD_ROWS
-
-
-def _platform(x) -> str:
-  """Where an array lies, or where JAX would put it."""
-  here = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
-  return next(iter(x.devices() if here else jax.devices())).platform
-
-
-def _or_all(slots: int, most: int) -> int:
-  """No program more for a last quarter."""
-  return slots if 4 * slots <= 3 * most else most
-
-
-def _round_up(length: int) -> int:
-  """16, 32, 64, ...: the next power of two."""
-  return max(16, 1 << (length - 1).bit_length())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -468,9 +341,9 @@ def generate(
     **settings: max_new_tokens=128 and those of `sampling.make`, one value or
       one per prompt; end_token=-1 (none), or several, any of which ends a row;
       stop=(), sequences of token ids that do, or a table of `stops` for text;
-      slots=0, the least of the cache; grow=True, or False: it is made at once
-      with as many as prompt and output may need, so that all is one program
-      and no cache is copied, as it always is with `batch`.
+      slots=0, the least of the cache; without `batch` also grow=True, or
+      False: the cache is made at once with as many as prompt and output may
+      need, so that all is one program and no cache is copied.
       The noise of a request depends on its seed and on positions alone: the
       same prompt and seed give the same tokens in any batch, with any drafter.
 

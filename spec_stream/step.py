@@ -35,9 +35,6 @@ from spec_stream.sampling import (
 from spec_stream.tree import TokenTree, ancestors
 
 CHUNK = 512  # tokens of a prompt that one pass of the prefill reads
-# Rows up to which the LM head is read once, see `reads_head_once`: as many as a
-# TPU or GPU multiplies while it reads bfloat16; on a CPU as measured.
-HEAD_ROWS, HEAD_ROWS_CPU = 128, 16
 
 
 @flax.struct.dataclass
@@ -290,6 +287,12 @@ def step(params: Params, drafter: Drafter, state: DecodeState) -> DecodeState:
     stop_state=stop_state,
     seen=seen,
   )
+
+
+def head_rows(platform: str) -> int:
+  """Rows up to which the LM head is read once: as many as a TPU or GPU
+  multiplies while it reads bfloat16, on a CPU as measured."""
+  return 16 if platform == "cpu" else 128
 
 
 def reads_head_once(model, drafter: Drafter, batch: int, num_nodes: int):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from spec_stream import buckets
 from spec_stream.models.transformer import (
   Transformer,
   causal_mask,
@@ -109,7 +110,7 @@ def _margin(
   """How far the worse of two tokens is below the best of all; and the best."""
   length = len(common)
   # Powers of two, so that many differences share few programs.
-  bucket = max(16, 1 << (length - 1).bit_length())
+  bucket = buckets.round_up(length)
   padded = np.zeros((1, bucket), np.int32)
   padded[0, :length] = common
   at = None

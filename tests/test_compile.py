@@ -59,6 +59,10 @@ def test_flops_are_those_of_the_products():
   step = lambda total, _: (total + (a @ b).sum(), None)
   scan = lambda: jax.lax.scan(step, 0.0, None, length=6)
   assert roofline.flops(scan) == 6 * one
+  chosen = lambda a, b: jax.lax.platform_dependent(
+    a, b, tpu=lambda a, b: (a * 2)[:, :, :1] + 0 * b[:, :1], default=product
+  )
+  assert roofline.flops(chosen, a, b) == one  # not the cheaper one
   either = lambda c: jax.lax.cond(c, lambda: (a @ b).sum(), lambda: 0.0)
   assert roofline.flops(either, True) == one
   # Forward, twice with rematerialisation, and two products of the gradient.

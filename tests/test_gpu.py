@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from test_tree_attention import case, dense
+from test_tree_attention import case, dense, slide
 
 from spec_stream import (
   NoDraft,
@@ -88,15 +88,12 @@ def test_the_kernel_is_the_dense_form(
 ):
   x = case(0, 2, 2, rows, groups, size, 1040, dtype)
   assert tree_attention_gpu.fits(rows, groups, size, 1040, dtype)
-  first = None
-  if window:
-    first = x["length"][:, None] + np.arange(rows) - window + 1
-    first = np.maximum(first, 0).astype(np.int32)
+  x = slide(x, window) if window else x
   attend = functools.partial(
     tree_attention_gpu.attend, cap=cap, programs=programs
   )
   with jax.default_matmul_precision("highest"):
-    found = jax.jit(lambda x: attend(**x, first=first))(x)
+    found = jax.jit(lambda x: attend(**x))(x)
     exact = jax.tree.map(
       lambda x: x.astype("float32") if x.dtype == "bfloat16" else x, x
     )

@@ -20,6 +20,7 @@ from spec_stream import (
   NoDraft,
   StreamDraft,
   TreeSpec,
+  buckets,
   checkpoints,
   decode,
   generate,
@@ -214,20 +215,20 @@ def decode_on_eight_devices():
       )
       yield [g.token_ids for g in found]
 
-  sizes, grown = set(), decode.Decoder._grown
+  grew, grown = set(), decode.Decoder._grown
 
   def grow(decoder, state, **options):
     state = grown(decoder, state, **options)
-    sizes.add(state.cache.num_slots)
+    grew.add(state.cache.num_slots)
     return state
 
   decode.Decoder._grown = grow
   for temperature in (0.0, 0.8):
-    decode.SMALLEST = 256
+    buckets.SMALLEST = 256
     expected, same = tokens(drawn, temperature)
     assert expected == same
-    assert not sizes
-    decode.SMALLEST = 16
+    assert not grew
+    buckets.SMALLEST = 16
     for mesh in ((8, 1, 1), (2, 4, 1), (2, 2, 2)):
       place = sharding.weight_shardings(
         sharding.make_mesh(*mesh), weights.shapes(model)
@@ -237,8 +238,8 @@ def decode_on_eight_devices():
       }
       for found in tokens(placed, temperature):
         assert found == expected, (mesh, temperature)
-      assert sizes == {48, 96}, sizes  # of 24
-      sizes.clear()
+      assert grew == {48, 96}, grew  # of 24
+      grew.clear()
 
 
 def run_on_eight_devices(argument):

@@ -30,10 +30,18 @@ def case(seed, batch, heads, rows, groups, size, slots, dtype):
       normal(batch, heads, slots, size),
     ),
     length=jnp.asarray(rng.integers(0, slots + 1, batch), jnp.int32),
+    first=jnp.zeros((batch, rows), jnp.int32),
   )
 
 
-def dense(q, k, v, mask, cache, length, window, cap):
+def slide(x, window):
+  """The case with rows that see the last `window` positions alone."""
+  positions = x["length"][:, None] + jnp.arange(x["q"].shape[2])
+  return x | {"first": jnp.maximum(positions - window + 1, 0)}
+
+
+def dense(q, k, v, mask, cache, length, first, window=0, cap=0.0):
+  del first  # is that of the window
   rows = q.shape[2]
   about = attention.Rows(
     None, mask, length[:, None] + jnp.arange(rows), num_main=rows, window=window
@@ -58,13 +66,10 @@ def test_it_is_as_the_dense_form(x64, kernel, window, cap):
   @given(shapes)
   def check(shape):
     x = case(*shape, "float64")
-    positions = x["length"][:, None] + jnp.arange(x["q"].shape[2])
-    first = jnp.maximum(positions - window + 1, 0) if window else None
+    x = slide(x, window) if window else x
     # Of the one for a GPU the slots in up to two parts.
     more = {} if kernel is tree_attention else {"programs": 2}
-    found = kernel.attend(
-      **x, first=first, cap=cap, block=16, interpret=True, **more
-    )
+    found = kernel.attend(**x, cap=cap, block=16, interpret=True, **more)
     expected = dense(**x, window=window, cap=cap)
     np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-13)
 
@@ -75,7 +80,7 @@ def test_it_is_as_the_dense_form(x64, kernel, window, cap):
 def test_what_lies_beyond_the_length_is_not_read(kernel):
   x = case(0, 2, 2, 3, 2, 8, 40, "float32")
   x["length"] = jnp.array([0, 17], jnp.int32)
-  expected = dense(**x, window=0, cap=0.0)
+  expected = dense(**x)
   beyond = jnp.arange(40) >= x["length"][:, None]
   x["cache"] = (
     jnp.where(beyond[:, None, None, :], jnp.nan, x["cache"][0]),
@@ -93,7 +98,7 @@ def test_in_bfloat16_it_is_near(kernel):
     name: jax.tree.map(lambda x: x.astype("float32"), x[name])
     for name in ("q", "k", "v", "cache")
   }
-  expected = dense(**{**x, **exact}, window=0, cap=0.0)
+  expected = dense(**{**x, **exact})
   assert found.dtype == "bfloat16"
   assert np.abs(np.asarray(found, "float32") - expected).max() < 0.03
 

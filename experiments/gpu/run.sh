@@ -7,9 +7,10 @@
 # Needs Python with the packages of setup.py and jax for CUDA, and no network
 # (PYTHON=... names another interpreter than python3). Writes to OUT, which must
 # be new or empty: a .log for each stage, steps.jsonl, lengths.jsonl and
-# results.jsonl (rows of the benchmarks), and stages.jsonl (name, exit code, seconds of each stage). A
-# stage that fails or runs out of its time does not stop the next, and none is
-# begun after 9 minutes; the exit code is 1 if one failed.
+# results.jsonl (rows of the benchmarks), and stages.jsonl (name, exit code,
+# seconds of each stage). A stage that fails or runs out of its time does not
+# stop the next, and none is begun after 9 minutes; the exit code is 1 if one
+# failed.
 # --tiny: shapes for a try on a CPU.
 set -u
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -60,6 +61,14 @@ steps() { # NAME SECONDS SHAPE NODES, other arguments
     --shape="$shape" --nodes="$nodes" --stages --out="$out/steps.jsonl" "$@"
 }
 
+lengths() { # NAME SECONDS SHAPE LENGTHS NODES, other arguments
+  local name=$1 limit=$2 shape=$3 lengths=$4 nodes=$5
+  shift 5
+  stage "$name" "$limit" "$python" experiments/step_cost/lengths.py \
+    --shape="$shape" --slots=0 --lengths="$lengths" --nodes="$nodes" \
+    --out="$out/lengths.jsonl" "$@"
+}
+
 train() { # SECONDS, other arguments
   local limit=$1
   shift
@@ -81,6 +90,7 @@ if [ "$failed" = 1 ]; then
 fi
 if [ "$wanted" = any ]; then
   steps steps-tiny 120 tiny 4,8 --prompts=2 --new=8 --lengths=20
+  lengths lengths-tiny 120 tiny 20,60 4 --new=4 --rounds=1
   train 120 --config.train.steps=3 --config.train.save_every=3 \
     --config.model.width=64 --config.model.num_layers=2 \
     --config.model.ffw_dim=128 --config.data.seq_len=192 \
@@ -110,11 +120,8 @@ if [ -f "$out/run/results.jsonl" ]; then
   cp "$out/run/results.jsonl" "$out/results.jsonl"
 fi
 if [ "$wanted" = gpu ]; then # if there is time
-  for kernel in "" --kernel; do # dense attention, then models/tree_attention_gpu
-    stage "lengths$kernel" 45 "$python" experiments/step_cost/lengths.py \
-      --shape=1b --slots=0 --lengths=100,1000 --nodes=16 --rounds=3 $kernel \
-      --out="$out/lengths.jsonl"
-  done
+  lengths lengths 45 1b 100,1000 16 --rounds=3
+  lengths lengths-kernel 45 1b 100,1000 16 --rounds=3 --kernel
   steps steps-1b-long 60 1b 16 --prompts=2 --lengths=1000
 fi
 cat "$out/stages.jsonl"

@@ -1,7 +1,7 @@
 """What either way of reading the cache compiles to, for one chip of a TPU.
 
   python experiments/step_cost/ways.py [--target=tpu:v5e:2x2] [--shape=1b]
-    [--slots=2048] [--nodes=1,16]
+    [--layers=24] [--slots=2048] [--nodes=1,16] [--quantize=,int8,int4]
 
 Needs libtpu and no TPU. Bytes that a step of the decoding loop moves in the
 chip's large memory, arrays of a layer's keys or values that it copies, the
@@ -11,6 +11,8 @@ seen there, nor what it computes. It is left out where `--target` is no TPU.
 """
 
 import argparse
+import dataclasses
+import itertools
 import sys
 import time
 
@@ -31,17 +33,33 @@ def main(argv: list[str]) -> int:
   )
   parser.add_argument("--target", default="tpu:v5e:2x2")
   parser.add_argument("--shape", default="1b", choices=SHAPES)
+  parser.add_argument("--layers", type=int, help="those of the shape if left")
   parser.add_argument("--slots", type=int, default=2048)
   parser.add_argument("--nodes", default="1,16", help="of the drafts")
+  parser.add_argument(
+    "--quantize", default="", help="kinds of model.quantize, one of them empty"
+  )
   args = parser.parse_args(argv)
+  shape = SHAPES[args.shape]
+  shape = dataclasses.replace(shape, num_layers=args.layers or shape.num_layers)
   mesh = ahead.make_mesh(args.target)
   platform = args.target.split(":")[0]
   ways = {"dense": ()}
   if platform == "tpu":
     ways["kernel"] = (platform,)
-  heads = ("nodes", "way", "MB", "copies", "Mcycles", "compiled in s")
+  heads = (
+    "kernels",
+    "nodes",
+    "way",
+    "MB",
+    "copies",
+    "Mcycles",
+    "compiled in s",
+  )
   columns = {name: [] for name in heads}
-  for nodes in map(int, args.nodes.split(",")):
+  kinds, numbers = args.quantize.split(","), map(int, args.nodes.split(","))
+  for kind, nodes in itertools.product(kinds, list(numbers)):
+    config = dataclasses.replace(shape, quantize=kind)
     drafter = NoDraft()
     if nodes > 1:
       drafter = StreamDraft(TreeSpec("best_first", nodes))
@@ -49,11 +67,7 @@ def main(argv: list[str]) -> int:
       jax.clear_caches()  # what was traced with the last way
       begin = time.monotonic()
       _, loop, _, state, _ = ahead.decoding(
-        SHAPES[args.shape],
-        drafter,
-        mesh,
-        slots=args.slots,
-        prompt=args.slots // 2,
+        config, drafter, mesh, slots=args.slots, prompt=args.slots // 2
       )
       seconds = time.monotonic() - begin
       program = hlo.Program(loop.as_text())
@@ -61,6 +75,7 @@ def main(argv: list[str]) -> int:
       moved = program.traffic(step)
       copies = program.copies(step, compile_check.layer_bytes(state))
       cells = (
+        kind or config.param_dtype,
         str(nodes),
         way,
         f"{moved.bytes / 1e6:,.0f}",
@@ -70,7 +85,7 @@ def main(argv: list[str]) -> int:
       )
       for name, cell in zip(heads, cells, strict=True):
         columns[name].append(cell)
-  print(table(columns, ("way",)))
+  print(table(columns, ("kernels", "way")))
   return 0
 
 

@@ -216,7 +216,7 @@ def _by_kernel(name: str, cap: float, q, k, v, rows: Rows, cache, length):
   fits = kernel.fits(*q.shape[2:], cache[0].shape[3], q.dtype)
   if rows.old is not None or not fits:  # a mask of its own for every row
     return _dense(cap, q, k, v, rows, cache, length)
-  first = None
+  first = jnp.zeros_like(rows.positions)
   if rows.window:
     first = jnp.maximum(rows.positions - rows.window + 1, 0)
   return kernel.attend(q, k, v, rows.mask, cache, length, first, cap=cap)

@@ -172,9 +172,12 @@ def is_large(kernel: jax.Array) -> bool:
   return kernel.nbytes >= _LARGE
 
 
+def devices(x) -> set:
+  """Where an array of JAX lies; none of a tracer or of NumPy's."""
+  here = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+  return x.devices() if here else set()
+
+
 def on_cpu(x: jax.Array) -> bool:
   """Whether an array lies on one device, a CPU."""
-  if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
-    return False
-  devices = x.devices()
-  return len(devices) == 1 and next(iter(devices)).platform == "cpu"
+  return [device.platform for device in devices(x)] == ["cpu"]

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 
 from spec_stream.models.layers import softcap, wide
 
-_NEVER = -1e30  # finite: a row with nothing to attend to must not give NaN
+NEVER = -1e30  # finite: a row with nothing to attend to must not give NaN
 
 
 def scores(equation: str, q, k, mask, cap: float) -> jax.Array:
   """`equation` of queries (scaled) and keys, where `mask` allows it."""
   dtype = wide(q.dtype)
   x = jnp.einsum(equation, q, k.astype(q.dtype), preferred_element_type=dtype)
-  return jnp.where(mask, softcap(x, cap), jnp.asarray(_NEVER, dtype))
+  return jnp.where(mask, softcap(x, cap), jnp.asarray(NEVER, dtype))
 
 
 def joined(

@@ -21,10 +21,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from spec_stream.models.layers import softcap, wide
+from spec_stream.models.scores import NEVER
 
 BLOCK = 512  # slots
 LARGEST = 1024  # N: what a TPU's fast memory holds beside scores of a block
-_NEVER = -1e30  # finite: as in `scores`
 
 
 def fits(rows: int, groups: int, size: int, slots: int, dtype) -> bool:
@@ -40,7 +40,7 @@ def attend(
   mask: jax.Array,
   cache: tuple[jax.Array, jax.Array],
   length: jax.Array,
-  first: jax.Array | None = None,
+  first: jax.Array,
   *,
   cap: float = 0.0,
   block: int = BLOCK,
@@ -55,7 +55,7 @@ def attend(
     mask: [B, R, R] new rows that a row sees.
     cache: keys [B, K, H, S] and values [B, K, S, H].
     length: [B] slots that count.
-    first: [B, R] of them the first that a row sees (a sliding window); None: 0.
+    first: [B, R] of them the first that a row sees (0, or a window's).
     cap: of the scores, see `softcap`.
     block: slots at a time: all, or a multiple of 128.
     interpret: run it as plain JAX, anywhere.
@@ -66,7 +66,6 @@ def attend(
   # By key/value head, the queries of a group one below the other.
   each = lambda x: jnp.repeat(x, groups, 1)
   mask = each(mask.astype(jnp.int32))  # [B, N, R]
-  first = jnp.zeros((batch, rows), jnp.int32) if first is None else first
   first = each(first)[..., None]  # [B, N, 1]
 
   def at(b, i, length):  # the block, or the last that counts
@@ -128,7 +127,7 @@ def _kernel(
   def join(k, v, seen):
     """k [H, n], v [n, H], seen [N, n]."""
     scores = softcap(product(queries, k.astype(queries.dtype)), cap)
-    scores = jnp.where(seen, scores, jnp.asarray(_NEVER, scores.dtype))
+    scores = jnp.where(seen, scores, jnp.asarray(NEVER, scores.dtype))
     high = jnp.maximum(top[...], scores.max(1, keepdims=True))
     weights = jnp.exp(scores - high)
     keep = jnp.exp(top[...] - high)
@@ -139,7 +138,7 @@ def _kernel(
 
   @pl.when(i == 0)
   def _():
-    top[...] = jnp.full_like(top, _NEVER)
+    top[...] = jnp.full_like(top, NEVER)
     total[...] = jnp.zeros_like(total)
     acc[...] = jnp.zeros_like(acc)
     join(k[0, 0], v[0, 0], mask[0] != 0)

@@ -22,12 +22,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from spec_stream.models.layers import softcap, wide
-from spec_stream.models.scores import scores
+from spec_stream.models.scores import NEVER, scores
 
 BLOCK = 64  # slots
 LARGEST = 2**15  # bytes of N queries: what a processor's registers hold
 PROGRAMS = 256  # to split the slots for: two for each processor
-_NEVER = -1e30  # finite: as in `scores`
 
 
 def fits(rows: int, groups: int, size: int, slots: int, dtype) -> bool:
@@ -39,7 +38,7 @@ def fits(rows: int, groups: int, size: int, slots: int, dtype) -> bool:
 
 
 def _padded(rows: int) -> int:
-  return max(16, 1 << (rows - 1).bit_length())
+  return max(16, pl.next_power_of_2(rows))
 
 
 def attend(
@@ -49,7 +48,7 @@ def attend(
   mask: jax.Array,
   cache: tuple[jax.Array, jax.Array],
   length: jax.Array,
-  first: jax.Array | None = None,
+  first: jax.Array,
   *,
   cap: float = 0.0,
   block: int = BLOCK,
@@ -71,7 +70,6 @@ def attend(
   more = lambda x, axis: jnp.pad(
     x, [(0, padded - many if i == axis else 0) for i in range(x.ndim)]
   )
-  first = jnp.zeros((batch, rows), jnp.int32) if first is None else first
   whole = lambda *shape: pl.BlockSpec(
     (None, None, *shape), lambda b, h, p: (b, h, 0, 0)
   )
@@ -124,7 +122,7 @@ def _kernel(length, first, q, keys, values, y, top, total, *, block, per, cap):
     fresh = (slot >= i * block) & (slot < count)
     seen = fresh[None] & (slot[None] >= firsts[:, None])
     k = keys[:, pl.ds(at, block)].astype(queries.dtype)
-    x = jnp.where(seen, softcap(product(queries, k), cap), _NEVER)
+    x = jnp.where(seen, softcap(product(queries, k), cap), NEVER)
     high = jnp.maximum(top, x.max(1))
     weights, keep = jnp.exp(x - high[:, None]), jnp.exp(top - high)
     # Anything may lie beyond the length.
@@ -137,7 +135,7 @@ def _kernel(length, first, q, keys, values, y, top, total, *, block, per, cap):
   end = jnp.minimum(begin + per, used)
   rows = queries.shape[:1]
   none = (
-    jnp.full(rows, _NEVER, dtype),
+    jnp.full(rows, NEVER, dtype),
     jnp.zeros(rows, dtype),
     jnp.zeros(queries.shape, dtype),
   )
