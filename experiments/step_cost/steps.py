@@ -47,17 +47,26 @@ def _llama(**changes) -> ModelConfig:
   )
 
 
+_86M = ModelConfig(
+  vocab_size=16384,
+  width=768,
+  num_layers=12,
+  num_heads=12,
+  num_kv_heads=4,
+  head_dim=64,
+  ffw_dim=2048,
+  streams=_STREAMS,
+)
 SHAPES = {
-  "86m": ModelConfig(
-    vocab_size=16384,
-    width=768,
-    num_layers=12,
-    num_heads=12,
-    num_kv_heads=4,
-    head_dim=64,
-    ffw_dim=2048,
-    streams=_STREAMS,
+  "18m": dataclasses.replace(
+    _86M,
+    vocab_size=8192,
+    width=320,
+    num_heads=4,
+    num_kv_heads=2,
+    ffw_dim=1024,
   ),
+  "86m": _86M,
   "1b": _llama(
     width=2048, num_layers=24, num_heads=16, num_kv_heads=16, ffw_dim=5504
   ),

@@ -16,7 +16,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from spec_stream.models import quant
 from spec_stream.models.config import ModelConfig
 
-_LARGE = 2**23  # bytes
+_LARGE = 2**20  # bytes
 
 
 def matmul(x: jax.Array, kernel: jax.Array, dtype=None) -> jax.Array:
