@@ -8,9 +8,9 @@ import pathlib
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Hundreds of tiny programs: LLVM's optimiser would take most of the time, and
 # half of the rest would go into a code generator for each fusion, without which
-# XLA also leaves out a few of its own passes: `XLA_FLAGS= pytest` is the program
-# that users run. (A flag that a version does not know ends the process; the
-# last two were tried with 0.10 alone.)
+# XLA also leaves out a few of its own passes: `XLA_FLAGS= pytest` tests what
+# users run. (A flag that a version does not know ends the process; the last
+# two were tried with 0.10 alone.)
 os.environ.setdefault(
   "XLA_FLAGS",
   "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
