@@ -4,8 +4,11 @@ Random models, trees, modes, prompts, lengths, limits, seeds, temperatures: in
 float64 without a single difference; in float32 with none but ties.
 """
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import (
@@ -25,6 +28,7 @@ from spec_stream import weights
 from spec_stream.decode import Decoder, collect, generate, stream
 from spec_stream.drafters.none import NoDraft
 from spec_stream.drafters.streams import StreamDraft
+from spec_stream.models import lora, transformer
 from spec_stream.tree import TreeSpec
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -78,6 +82,26 @@ def test_tokens_are_those_of_plain_decoding(x64, name):
 
   check()
   assert sum(accepted) > 0  # or nothing was tested
+
+
+def test_tokens_where_kernels_are_laid_out(x64, monkeypatch):
+  """As those of large models are on a CPU, of the target and of its streams."""
+  config, drafter = CASES["lossless"]
+  accepted = 0
+  for seed in range(3):
+    model = random_model(config, seed)
+    prompts, options = requests(seed)
+    plain = generate(model, prompts, NoDraft(), **options)
+    graph, state = nnx.split(model)
+    on_device = nnx.merge(graph, jax.tree.map(jnp.asarray, state))
+    with monkeypatch.context() as patch:
+      patch.setattr(lora, "_LARGE", 0)
+      laid = transformer.for_decoding(on_device)
+    assert laid.blocks[-1].ffw.down.out_first
+    fast = generate(laid, prompts, drafter, **options)
+    assert [x.token_ids for x in fast] == [x.token_ids for x in plain]
+    accepted += sum(sum(x.accepts[1:]) for x in fast)
+  assert accepted
 
 
 @pytest.mark.parametrize("name", in_short(MODES))
