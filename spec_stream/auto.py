@@ -270,8 +270,8 @@ def of_run(
 ) -> tuple[CostModel, list[Drafter]]:
   """As `measure`, with prompts of the run's validation split.
 
-  Reads what <directory>/cost_model.json holds of this run, device and settings,
-  and writes what it has to measure.
+  Reads what <directory>/cost_model.json holds of this run, commit, device and
+  settings, and writes what it has to measure.
 
   run: a `checkpoints.Run`. drafters: {name: (own weights or None, where they
   are from)}.
@@ -303,6 +303,7 @@ def of_run(
     "batch": settings.batch,
     "device": task.device_words(),
     "jax": jax.__version__,
+    "commit": checkpoints.git_commit(),  # a time is that of the code timed
     "matmul_precision": str(jax.config.jax_default_matmul_precision),
   }
   own = {name: x for name, (x, _) in drafters.items()}

@@ -210,6 +210,11 @@ def test_what_was_measured_is_kept(tmp_path, monkeypatch):
   assert len(measured) == 2
   kept = json.loads((tmp_path / auto.FILE).read_text())
   assert [len(kept[k]) for k in ("acceptance", "step_cost")] == [2, 3]
+  with monkeypatch.context() as other:  # code, whose steps may cost otherwise
+    other.setattr(auto.checkpoints, "git_commit", lambda: "another")
+    ask(settings)
+  kept = json.loads((tmp_path / auto.FILE).read_text())
+  assert [len(kept[k]) for k in ("acceptance", "step_cost")] == [2, 4]
   for damaged in ("[]", "{", '{"acceptance": {}, "step_cost": {"a": 1}}'):
     (tmp_path / auto.FILE).write_text(damaged)
     with pytest.raises(UserError, match="delete it"):

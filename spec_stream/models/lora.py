@@ -16,7 +16,9 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from spec_stream.models import quant
 from spec_stream.models.config import ModelConfig
 
-_LARGE = 2**20  # bytes
+# Bytes of the smallest kernel that `lay_out` changes: experiments/step_cost. In
+# some states of that machine smaller ones lost by it, for one row.
+_LARGE = 2**20
 
 
 def matmul(x: jax.Array, kernel: jax.Array, dtype=None) -> jax.Array:

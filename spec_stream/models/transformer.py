@@ -329,8 +329,8 @@ def for_decoding(model: Transformer) -> Transformer:
 
 def lay_out(model: Transformer) -> Transformer:
   """A copy with its kernels as this device's products of few rows want them,
-  which costs the memory of the large ones once more; the model itself where
-  none gains by it, as on any device but a CPU."""
+  which costs the memory of those that change (`lora.is_large`) once more; the
+  model itself where none gains by it, as on any device but a CPU."""
   table = model.embed.table[...]
   if not on_cpu(table):
     return model
