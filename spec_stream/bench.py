@@ -152,6 +152,7 @@ class Measured:
   compile_seconds: float = 0.0
   recompiles: int = 0  # compilations while the clock ran
   draft_seconds: float = 0.0  # of one draft, the verification left out
+  one_pass: bool | None = None  # see `step.in_one_pass`; None: no streams
 
 
 def measure(
@@ -201,6 +202,9 @@ def measure(
     Measured(m, d.drafter, [], zeros(), zeros(), size, settings.refill)
     for m, d in zip(methods, decoders)
   ]
+  for decoder, result in zip(decoders, results):
+    if decoder.drafter.stream_depth:
+      result.one_pass = decoder.in_one_pass(rows)
 
   def run(decoder: Decoder, at: slice):
     """One batch -> (finished state, prefill seconds, decoding seconds)."""

@@ -78,6 +78,7 @@ def rows(
         "stream_id": model.config.streams.stream_id,
         "stream_position": model.config.streams.stream_position,
         **tree_fields(result.drafter),
+        "one_pass": result.one_pass,
         "draft_length": result.drafter.longest - 1,
         "draft_from": method.source or None,
         "draft_ms": draft,

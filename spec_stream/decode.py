@@ -25,7 +25,14 @@ from spec_stream.errors import UserError
 from spec_stream.models.lora import devices
 from spec_stream.models.transformer import Transformer, for_decoding
 from spec_stream.sampling import make as make_sampling
-from spec_stream.step import DecodeState, has_room, head_rows, prefill, step
+from spec_stream.step import (
+  DecodeState,
+  has_room,
+  in_one_pass,
+  one_pass_rows,
+  prefill,
+  step,
+)
 from spec_stream.tree import TokenTree
 
 # Jitted entry points. Target and drafter's own weights (`Params`) travel as
@@ -85,7 +92,7 @@ class Decoder:
     target = nnx.clone(model)
     target.drafter = nnx.data(None)
     on = devices(model.embed.table[...]) or jax.devices()
-    target.head_rows = head_rows(next(iter(on)).platform)
+    target.one_pass_rows = one_pass_rows(next(iter(on)).platform)
     if own is None and drafter.Module is not None:
       own = model.drafter
     if isinstance(own, Transformer):
@@ -93,6 +100,11 @@ class Decoder:
     self.drafter = drafter.resolve(model.config, own)
     check_rule(self.drafter)
     self.graphdef, self.weights = nnx.split(Params(target, own))
+
+  def in_one_pass(self, batch: int) -> bool:
+    """See `step.in_one_pass`."""
+    params = nnx.merge(self.graphdef, self.weights)
+    return in_one_pass(params.target, self.drafter, batch)
 
   def start(
     self, prompts: Sequence[Sequence[int]], *, grow: bool = True, **settings

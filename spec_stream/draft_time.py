@@ -1,4 +1,7 @@
-"""The time of one draft, apart from all else of a step."""
+"""The time of one draft, apart from all else of a step.
+
+Streams count as the step's, whichever pass they go through.
+"""
 
 import functools
 import time
@@ -10,7 +13,7 @@ from flax import nnx
 from spec_stream.decode import Decoder
 from spec_stream.drafters.base import Accepted
 from spec_stream.models.layers import wide
-from spec_stream.step import DecodeState, reads_head_once
+from spec_stream.step import DecodeState, in_one_pass
 
 
 def seconds(decoder: Decoder, state: DecodeState, count: int = 64) -> float:
@@ -34,9 +37,8 @@ def _drafts(graphdef, weights, drafter, count, state):
   config = params.target.config
   zeros = lambda *shape: jnp.zeros((batch, *shape), config.dtype)
   longest, streams = drafter.longest, drafter.num_streams
-  num_nodes = drafter.prune.kept_nodes or drafter.num_nodes
   stream_logits = None
-  if reads_head_once(params.target, drafter, batch, num_nodes):
+  if in_one_pass(params.target, drafter, batch):
     known = (batch, drafter.stream_depth, config.vocab_size)
     stream_logits = jnp.zeros(known, wide(config.dtype))
   accepted = Accepted(

@@ -21,7 +21,12 @@ from spec_stream import accept, stops
 from spec_stream.cache import KVCache, commit, empty
 from spec_stream.drafters.base import Accepted, Drafter, Params
 from spec_stream.models.prune import prune
-from spec_stream.models.transformer import ALL, causal_mask, forward
+from spec_stream.models.transformer import (
+  ALL,
+  causal_mask,
+  forward,
+  forward_streams,
+)
 from spec_stream.sampling import (
   Sampling,
   coupled,
@@ -209,19 +214,22 @@ def step(params: Params, drafter: Drafter, state: DecodeState) -> DecodeState:
         return nodes, kept
 
     above = ancestors(tree.parents, longest)
+    together = in_one_pass(model, drafter, len(tree.tokens))
+    attends = model.config.streams.attends
+    carried = drafter.num_streams if together or attends else 0
     out = forward(
       model,
       tree.tokens,
       cache.length[:, None] + tree.depth,
       above,
       cache=cache,
-      streams=ALL if drafter.num_streams else None,
-      num_streams=drafter.num_streams,
+      streams=ALL if carried else None,
+      num_streams=carried,
       taps=drafter.taps,
       keep=keep,
     )
     tree = tree if keep is None else out.kept
-    logits, of_streams = _logits(model, drafter, out)
+    logits, of_streams = _logits(model, drafter, out, together)
   with jax.named_scope("accept"):
     seen = None
     if state.seen is not None:
@@ -258,6 +266,10 @@ def step(params: Params, drafter: Drafter, state: DecodeState) -> DecodeState:
     )
     last = accepted.last[:, None]
     one = lambda x: None if x is None else take(x, last)[:, 0]
+    streams, ahead = one(out.streams), drafter.stream_depth
+    if ahead and not carried:
+      early, at = one(out.early), cache.length - 1
+      streams = forward_streams(model, early, at, cache, ahead)
     next_tree, drafter_state = drafter.propose(
       params,
       state.drafter,
@@ -267,7 +279,7 @@ def step(params: Params, drafter: Drafter, state: DecodeState) -> DecodeState:
         tokens=take(tree.tokens, accepted.path),
         count=count,
         hidden=take(out.main, accepted.path),
-        streams=one(out.streams),
+        streams=streams,
         stream_logits=one(of_streams),
         taps=None if out.taps is None else take(out.taps, accepted.path),
         draws=draws,
@@ -289,28 +301,36 @@ def step(params: Params, drafter: Drafter, state: DecodeState) -> DecodeState:
   )
 
 
-def head_rows(platform: str) -> int:
-  """Rows up to which the LM head is read once: as many as a TPU or GPU
-  multiplies while it reads bfloat16, on a CPU as measured."""
-  return 16 if platform == "cpu" else 128
+def one_pass_rows(platform: str) -> int:
+  """Nodes and streams, of all rows, up to which a step takes one pass.
+
+  Twice as many as a TPU or GPU multiplies while it reads bfloat16 (240 a v5e,
+  295 an H100): so long the time of all of them is less than that of two
+  readings of the weights. On a CPU as measured.
+  """
+  return 16 if platform == "cpu" else 512
 
 
-def reads_head_once(model, drafter: Drafter, batch: int, num_nodes: int):
-  """Whether a step multiplies all streams with the LM head, as it does nodes.
+def in_one_pass(model, drafter: Drafter, batch: int) -> bool:
+  """Whether a step drafts in the pass that verifies, as in the paper.
 
-  Only later it is known whose streams count. With few rows, `head_rows` of the
-  model at most, all of them cost less than it takes to read the LM head once
-  more for those that do.
+  Only after acceptance it is known whose streams count. With few nodes, at
+  most `one_pass_rows` of the model, the streams of all cost less than it takes
+  to read the top layers and the LM head once more for those of one. With more
+  they do not: then the accepted node's streams alone go through them, after
+  acceptance. (But where the main stream attends to its streams, every node
+  needs its own in the top layers, and only the LM head is read twice.)
   """
   depth = drafter.stream_depth
-  return 0 < depth and batch * num_nodes * (1 + depth) <= model.head_rows
+  num_nodes = drafter.prune.kept_nodes or drafter.num_nodes
+  return 0 < depth and batch * num_nodes * (1 + depth) <= model.one_pass_rows
 
 
-def _logits(model, drafter: Drafter, out):
+def _logits(model, drafter: Drafter, out, together: bool):
   """-> logits of the nodes [B, T, V]; of their streams [B, T, J', V], or None
   if only the draft is to know those that it needs."""
   batch, num_nodes, width = out.main.shape
-  if not reads_head_once(model, drafter, batch, num_nodes):
+  if not together:
     return model.logits(out.main), None
   depth = drafter.stream_depth
   streams = out.streams[:, :, :depth].reshape(batch, -1, width)

@@ -80,6 +80,9 @@ CASES = {
   ),
 }
 
+_PATHS = TreeSpec("paths", paths=((0,), (1,), (0, 0), (0, 1), (0, 0, 0)))
+REJECTION = CASES["lossless"][0], StreamDraft(_PATHS, rule="rejection")
+
 
 def random_model(config: ModelConfig, seed: int, scale=0.3):
   """No weight is zero, adapters and pruner included."""

@@ -7,21 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from random_drafters import CASES, make
-from random_models import CASES as STREAMS
-from random_models import in_short, random_model, random_requests
+from random_models import REJECTION, in_short, random_model, random_requests
 
-from spec_stream import UserError, bench, buckets, decode, draft_time, step
+from spec_stream import UserError, bench, buckets, decode, step
 from spec_stream.decode import Decoder, collect
 from spec_stream.drafters.none import NoDraft
-from spec_stream.drafters.streams import StreamDraft
 from spec_stream.models import attention, tree_attention
-from spec_stream.tree import TreeSpec
 
 SEEDS = range(2)
-PATHS = TreeSpec("paths", paths=((0,), (1,), (0, 0), (0, 1), (0, 0, 0)))
-REJECTION = STREAMS["lossless"][0], StreamDraft(PATHS, rule="rejection")
 
 
 @pytest.fixture
@@ -100,44 +94,6 @@ def test_drafts_of_the_rejection_rule_outlive_a_growth(x64, small):
   fast, first, last = finished(model, drafter, prompts, options)
   whole, *_ = finished(model, drafter, prompts, options, grow=False)
   assert last > first and fast == whole
-
-
-HEADS = {
-  **STREAMS,
-  "corrected": CASES["streams, corrected"][:2],
-  "rejection": REJECTION,
-}
-
-
-@pytest.mark.parametrize("name", in_short(HEADS, ("shared, pruned",)))
-def test_drafts_by_one_reading_of_the_head_or_two(x64, monkeypatch, name):
-  """Tree by tree the same, whoever multiplies the streams with the LM head."""
-  config, drafter = HEADS[name]
-  model = random_model(config, 4)
-  prompts, options = random_requests(4, 2)
-  found = []
-  for most in (0, 10**6):
-    monkeypatch.setattr(decode, "head_rows", lambda _, most=most: most)
-    decoder = Decoder(model, drafter)
-    kept = decoder.drafter.prune.kept_nodes or decoder.drafter.num_nodes
-    assert decoder.drafter.stream_depth
-    once = step.reads_head_once(
-      nnx.merge(decoder.graphdef, decoder.weights).target,
-      decoder.drafter,
-      2,
-      kept,
-    )
-    assert once == (most > 0)
-    state = decoder.start(prompts, **options)
-    trees = []
-    while not state.done.all():
-      state = decoder.step(state)
-      trees.append(state.tree.tokens)
-    assert draft_time.seconds(decoder, state, 2) > 0
-    found.append((trees, collect(state)))
-  (trees, two), (same, once) = found
-  np.testing.assert_array_equal(np.stack(trees), np.stack(same))
-  assert two == once
 
 
 def test_a_cache_grows_by_twice_up_to_what_is_needed(small):

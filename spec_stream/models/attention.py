@@ -7,7 +7,8 @@ projection, one softmax. `at[u]` is the main row that carries set u.
     main t      < length      mask[t]        u' at t, if main attends (eq. 1)
     (u, j)      < length      mask[at[u]]    u' = u, j' <= j         (eq. 2)
 
-Only main rows' keys and values ever reach the cache.
+Only main rows' keys and values ever reach the cache. Streams of a token that is
+there already need no main rows (`own_rows`).
 
 Letters: B batch row, R rows, T main rows, U sets of streams, J streams, S cache
 slots, K key/value heads, G query heads per key/value head, H head size.
@@ -106,16 +107,34 @@ def stream_rows(
     back = jnp.zeros((batch, num_main, j.size), bool)
   to_streams = jnp.concatenate([back, own], 1)  # [B, R, U J]
   mask = jnp.concatenate([to_main, to_streams], 2)
-  future = config.streams.stream_position == "future"
-  positions = jnp.concatenate(
-    [positions, take(positions) + (j if future else 0)], 1
-  )
+  j = jnp.concatenate([jnp.zeros(num_main, j.dtype), j])
+  positions = jnp.concatenate([positions, take(positions)], 1)
+  return _numbered(config, positions, mask, j, slides, num_main)
+
+
+def own_rows(
+  config: ModelConfig, positions, num_streams: int, slides=False
+) -> Rows:
+  """Rows of the streams alone, of one committed token in each batch row.
+
+  positions: [B] of those tokens.
+  """
+  j = jnp.arange(1, num_streams + 1)
+  mask = jnp.broadcast_to(j[:, None] >= j, (len(positions), j.size, j.size))
+  positions = jnp.broadcast_to(positions[:, None], mask.shape[:2])
+  return _numbered(config, positions, mask, j, slides, 0)
+
+
+def _numbered(config: ModelConfig, positions, mask, j, slides, num_main: int):
+  """Rows of streams j [R], 0 for main rows; positions [B, R] of what carries
+  them."""
+  if config.streams.stream_position == "future":
+    positions = positions + j
   turn = None
   if config.streams.stream_id == "rotation":
     # Eq. 9: value of stream j times e^{i eps j}; main values stay.
-    j = jnp.concatenate([jnp.zeros(num_main, j.dtype), j])[None]
     pairs = np.ones(config.head_dim // 2)
-    turn = rotation(j, config.streams.rotation_eps * pairs, config.dtype)
+    turn = rotation(j[None], config.streams.rotation_eps * pairs, config.dtype)
   rows = main_rows(config, positions, mask, slides)
   return rows.replace(turn=turn, num_main=num_main)
 

@@ -8,6 +8,9 @@ function with another mask among the new tokens:
     plain step   T = 1
     verify       T = M tree nodes, mask = ancestors, streams on every node
 
+Where many nodes are verified, their streams are left out, and those of the
+accepted one run by themselves through the top layers: `forward_streams`.
+
 Letters: B batch row, T new positions, U positions with streams, J streams, D
 width, V vocabulary, L layers, N_s top layers with streams.
 """
@@ -27,6 +30,7 @@ from spec_stream.models.attention import (
   Rows,
   at_rows,
   main_rows,
+  own_rows,
   stream_rows,
 )
 from spec_stream.models.config import ModelConfig
@@ -80,7 +84,7 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
   """Weights; `forward` runs them. Stream modules exist if J > 0."""
 
-  head_rows = 0  # as of `step.reads_head_once`
+  one_pass_rows = 0  # as of `step.in_one_pass`
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     self.config = config
@@ -136,7 +140,7 @@ class Output:
   main: jax.Array  # [B, T', D] final-normed hidden of the main stream
   streams: jax.Array | None  # [B, U, J, D] the same of the streams
   kv: KV  # of the main stream at the T' positions, per layer
-  early: jax.Array  # [B, T, D] main stream after layer L-N_s
+  early: jax.Array  # [B, T', D] main stream after layer L-N_s
   taps: jax.Array | None  # [B, T', n, D] main stream after the layers `taps`
   stream_taps: jax.Array | None  # [B, U, J, n', D] streams after those in MSA
   kept: Any = None  # what `keep` returned beside the rows
@@ -223,6 +227,7 @@ def forward(
     with jax.named_scope("prune"):
       nodes, kept = keep(early)
       x, positions, mask = (at_rows(y, nodes) for y in (x, positions, mask))
+      early = x
       mask = jnp.take_along_axis(mask, nodes[:, None], 2)
       kv = [*take(kv, nodes)]
       tapped = {layer: at_rows(y, nodes) for layer, y in tapped.items()}
@@ -258,6 +263,42 @@ def forward(
     ),
     kept=kept,
   )
+
+
+def forward_streams(
+  model: Transformer,
+  early: jax.Array,
+  positions: jax.Array,
+  cache: KVCache,
+  num_streams: int,
+) -> jax.Array:
+  """The streams of one committed token in each row, without main rows.
+
+  What `forward` gives as streams of that token, for a main stream that does not
+  attend to its streams: they read what it left in the cache.
+
+  Args:
+    model: the weights.
+    early: [B, D] main stream of the token after layer L-N_s (`Output.early`).
+    positions: [B] of the token.
+    cache: ends with the token.
+    num_streams: J', of the J that were trained.
+
+  Returns:
+    [B, J', D] final-normed.
+  """
+  config = model.config
+  top = range(config.insertion_layer, config.num_layers)
+  rows = {
+    slides: own_rows(config, positions, num_streams, slides)
+    for slides in {config.slides(layer) for layer in top}
+  }
+  with jax.named_scope("insert_streams"):
+    x = model.streams(early[:, None], num_streams)[:, 0]
+  for layer in top:
+    kind, old = rows[config.slides(layer)], cache.layers[layer]
+    x, _ = model.blocks[layer](x, kind, old, cache.length, 0)
+  return model.final_norm(x)
 
 
 def _rematerialised(block: Block):
