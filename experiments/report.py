@@ -49,7 +49,7 @@ _OWN = {
   *"tokens_per_second compile_seconds recompiles step_ms draft_ms".split(),
   *"draft_share max_tie_margin noise_low noise_high baseline".split(),
   *"mismatch predicted_speedup predicted_tokens_per_call".split(),
-  *"predicted_step_cost step draft_length draft_from".split(),
+  *"predicted_step_cost step draft_length draft_from one_pass".split(),
 }
 
 

@@ -10,9 +10,11 @@ speedup             baseline's ms_per_token over the method's, hence a ratio of
 speedup_request     the same with prefill counted, per token emitted
 step_ms, step_cost  one call of the compiled loop; in steps of the baseline
                     (not with refill, whose loop does prefills as well)
-draft_ms            one draft alone, in a loop of nothing else (without the LM
-                    head where the step reads it once for all); draft_share: of
-                    a step
+one_pass            whether streams of all nodes are in the pass that verifies:
+                    `step.in_one_pass`, of a full batch
+draft_ms            one draft alone, in a loop of nothing else (without streams,
+                    and the LM head where the step reads it once for all);
+                    draft_share: of a step
 compile_seconds     first call of each shape, and of all caches that an output
                     may need, less a second one; where programs
                     are kept (JAX_COMPILATION_CACHE_DIR), of those not found

@@ -1,6 +1,6 @@
 """The time of one draft, apart from all else of a step.
 
-Streams count as the step's, whichever pass they go through.
+Streams are not counted, whichever pass they go through.
 """
 
 import functools
@@ -13,7 +13,7 @@ from flax import nnx
 from spec_stream.decode import Decoder
 from spec_stream.drafters.base import Accepted
 from spec_stream.models.layers import wide
-from spec_stream.step import DecodeState, in_one_pass
+from spec_stream.step import DecodeState, reads_head_once
 
 
 def seconds(decoder: Decoder, state: DecodeState, count: int = 64) -> float:
@@ -38,7 +38,7 @@ def _drafts(graphdef, weights, drafter, count, state):
   zeros = lambda *shape: jnp.zeros((batch, *shape), config.dtype)
   longest, streams = drafter.longest, drafter.num_streams
   stream_logits = None
-  if in_one_pass(params.target, drafter, batch):
+  if reads_head_once(params.target, drafter, batch):
     known = (batch, drafter.stream_depth, config.vocab_size)
     stream_logits = jnp.zeros(known, wide(config.dtype))
   accepted = Accepted(

@@ -109,8 +109,9 @@ def of_step(decoder: decode.Decoder, batch: int = 1, length: int = 128) -> Step:
   """Of the step that decodes `batch` rows with `length` committed tokens each.
 
   Bytes: every weight that the traced step uses, the drafter's too, once (of a
-  table that is only looked up in, what is found); keys and values of `length`
-  tokens a row. FLOPs: of the same, whose cache has that many slots, rounded up.
+  table that is only looked up in, what is found), although a step in two passes
+  reads some twice; keys and values of `length` tokens a row. FLOPs: of the
+  same, whose cache has that many slots, rounded up.
   """
   config = decoder.config
   pairs = 2 * config.num_layers * config.num_kv_heads * config.head_dim

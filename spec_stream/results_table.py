@@ -30,7 +30,7 @@ SETTINGS = {
   "tree_width": "tree width",
   "kept_nodes": "nodes kept by pruning",
   "prune_threshold": "pruning threshold",
-  "one_pass": "drafts in the pass that verifies",
+  "one_pass": "streams in the pass that verifies",
   "baseline": "timed against",
   "dtype": "dtype",
   "matmul_precision": "matmul precision",

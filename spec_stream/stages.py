@@ -14,7 +14,7 @@ from spec_stream.errors import UserError
 # Below `verify` a scope counts by itself; below the others it does not.
 _SCOPE = re.compile(
   r"while/body/(verify/(?:qkv|attend|out|ffw|head|prune|insert_streams)|"
-  r"verify|accept|commit|draft)\b"
+  r"verify|accept|commit|streams|draft)\b"
 )
 
 

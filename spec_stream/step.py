@@ -214,22 +214,20 @@ def step(params: Params, drafter: Drafter, state: DecodeState) -> DecodeState:
         return nodes, kept
 
     above = ancestors(tree.parents, longest)
-    together = in_one_pass(model, drafter, len(tree.tokens))
-    attends = model.config.streams.attends
-    carried = drafter.num_streams if together or attends else 0
+    attached = _attached(model, drafter, len(tree.tokens))
     out = forward(
       model,
       tree.tokens,
       cache.length[:, None] + tree.depth,
       above,
       cache=cache,
-      streams=ALL if carried else None,
-      num_streams=carried,
+      streams=ALL if attached else None,
+      num_streams=attached,
       taps=drafter.taps,
       keep=keep,
     )
     tree = tree if keep is None else out.kept
-    logits, of_streams = _logits(model, drafter, out, together)
+    logits, of_streams = _logits(model, drafter, out)
   with jax.named_scope("accept"):
     seen = None
     if state.seen is not None:
@@ -260,16 +258,18 @@ def step(params: Params, drafter: Drafter, state: DecodeState) -> DecodeState:
     if state.seen is not None:
       new = jnp.arange(longest) < count[:, None]
       seen = state.seen | seen_in(accepted.tokens, new, state.seen.shape[1])
-  with jax.named_scope("draft"):
-    take = lambda x, at: jnp.take_along_axis(
-      x, at.reshape(*at.shape, *(1,) * (x.ndim - 2)), 1
-    )
-    last = accepted.last[:, None]
-    one = lambda x: None if x is None else take(x, last)[:, 0]
-    streams, ahead = one(out.streams), drafter.stream_depth
-    if ahead and not carried:
+  take = lambda x, at: jnp.take_along_axis(
+    x, at.reshape(*at.shape, *(1,) * (x.ndim - 2)), 1
+  )
+  last = accepted.last[:, None]
+  one = lambda x: None if x is None else take(x, last)[:, 0]
+  with jax.named_scope("streams"):
+    streams = one(out.streams)
+    if drafter.stream_depth and not attached:
       early, at = one(out.early), cache.length - 1
-      streams = forward_streams(model, early, at, cache, ahead)
+      depth = drafter.stream_depth
+      streams = forward_streams(model, early, at, cache, depth)
+  with jax.named_scope("draft"):
     next_tree, drafter_state = drafter.propose(
       params,
       state.drafter,
@@ -302,35 +302,49 @@ def step(params: Params, drafter: Drafter, state: DecodeState) -> DecodeState:
 
 
 def one_pass_rows(platform: str) -> int:
-  """Nodes and streams, of all rows, up to which a step takes one pass.
+  """Nodes and streams, of all requests, up to which a step takes one pass.
 
-  Twice as many as a TPU or GPU multiplies while it reads bfloat16 (240 a v5e,
-  295 an H100): so long the time of all of them is less than that of two
-  readings of the weights. On a CPU as measured.
+  On a CPU as measured, elsewhere as the compiler for a v5e estimates: its 64
+  rows are faster in one pass, 256 in two (experiments/step_cost).
   """
-  return 16 if platform == "cpu" else 512
+  return 16 if platform == "cpu" else 128
 
 
-def in_one_pass(model, drafter: Drafter, batch: int) -> bool:
-  """Whether a step drafts in the pass that verifies, as in the paper.
+def reads_head_once(model, drafter: Drafter, batch: int) -> bool:
+  """Whether a step multiplies all streams with the LM head, as it does nodes.
 
-  Only after acceptance it is known whose streams count. With few nodes, at
-  most `one_pass_rows` of the model, the streams of all cost less than it takes
-  to read the top layers and the LM head once more for those of one. With more
-  they do not: then the accepted node's streams alone go through them, after
-  acceptance. (But where the main stream attends to its streams, every node
-  needs its own in the top layers, and only the LM head is read twice.)
+  Only after acceptance it is known whose streams count. With few rows, at most
+  `one_pass_rows` of the model, those of all nodes cost less than it takes to
+  read the LM head once more for those of one.
   """
   depth = drafter.stream_depth
   num_nodes = drafter.prune.kept_nodes or drafter.num_nodes
   return 0 < depth and batch * num_nodes * (1 + depth) <= model.one_pass_rows
 
 
-def _logits(model, drafter: Drafter, out, together: bool):
+def in_one_pass(model, drafter: Drafter, batch: int) -> bool:
+  """Whether all nodes carry streams in the pass that verifies, as in the paper.
+
+  For the same reason with few rows alone. With more, the accepted node's alone
+  go through the top layers, after acceptance. But where the main stream attends
+  to its streams, every node needs its own.
+  """
+  attends = model.config.streams.attends
+  return attends or reads_head_once(model, drafter, batch)
+
+
+def _attached(model, drafter: Drafter, batch: int) -> int:
+  """Streams on each node in the pass that verifies."""
+  if model.config.streams.attends or not drafter.stream_depth:
+    return drafter.num_streams
+  return drafter.stream_depth if in_one_pass(model, drafter, batch) else 0
+
+
+def _logits(model, drafter: Drafter, out):
   """-> logits of the nodes [B, T, V]; of their streams [B, T, J', V], or None
   if only the draft is to know those that it needs."""
   batch, num_nodes, width = out.main.shape
-  if not together:
+  if not reads_head_once(model, drafter, batch):
     return model.logits(out.main), None
   depth = drafter.stream_depth
   streams = out.streams[:, :, :depth].reshape(batch, -1, width)

@@ -17,7 +17,7 @@ from random_models import (
   random_requests,
 )
 
-from spec_stream import decode, draft_time, step
+from spec_stream import decode, draft_time, limits, step
 from spec_stream.cache import commit, empty
 from spec_stream.decode import Decoder, collect
 from spec_stream.models.attention import at_rows
@@ -84,11 +84,33 @@ def test_when_a_step_takes_one_pass(x64, monkeypatch):
   monkeypatch.setattr(decode, "one_pass_rows", lambda _: 24)
   decoder = Decoder(random_model(CASES[name][0], 1), CASES[name][1])
   assert decoder.in_one_pass(2) and not decoder.in_one_pass(3)
-  config, rival = DRAFTERS["prompt_lookup"][:2]
-  assert not Decoder(random_model(config, 1), rival).in_one_pass(1)
+  config, drafter = CASES["shared, main attends"]
+  assert Decoder(random_model(config, 1), drafter).in_one_pass(9)
 
 
-HEADS = {
+@pytest.mark.parametrize("name", ["lossless", "shared, main attends"])
+def test_what_a_step_multiplies(x64, monkeypatch, name):
+  """In two passes, fewer rows in the top layers by the streams of all nodes
+  but one, unless the main stream needs them."""
+  config, drafter = CASES[name]
+  model = random_model(config, 1)
+  flops = []
+  for most in (0, 10**6):
+    monkeypatch.setattr(decode, "one_pass_rows", lambda _, most=most: most)
+    flops.append(limits.of_step(Decoder(model, drafter), 1, 9).flops)
+  two, one = flops
+  rows = (drafter.tree.num_nodes - 1) * config.streams.num_streams
+  head = 2 * rows * config.width * config.vocab_size
+  if config.streams.attends:
+    assert one - two == head
+    return
+  top = list(model.blocks)[config.insertion_layer :]
+  products = [x for x in jax.tree.leaves(nnx.state(top)) if x.ndim > 1]
+  layers = 2 * rows * sum(x.size for x in products)
+  assert one - two > head + layers  # and what attention multiplies
+
+
+DRAFTS = {
   **CASES,
   "corrected": DRAFTERS["streams, corrected"][:2],
   "rejection": REJECTION,
@@ -96,11 +118,11 @@ HEADS = {
 
 
 @pytest.mark.parametrize(
-  "name", in_short(HEADS, ("shared, pruned", "lossless"))
+  "name", in_short(DRAFTS, ("shared, pruned", "lossless"))
 )
 def test_drafts_by_one_pass_or_two(x64, monkeypatch, name):
   """Tree by tree the same, whether all nodes carry streams or the accepted."""
-  config, drafter = HEADS[name]
+  config, drafter = DRAFTS[name]
   model = random_model(config, 4)
   prompts, options = random_requests(4, 2)
   found = []
@@ -108,7 +130,7 @@ def test_drafts_by_one_pass_or_two(x64, monkeypatch, name):
     monkeypatch.setattr(decode, "one_pass_rows", lambda _, most=most: most)
     decoder = Decoder(model, drafter)
     assert decoder.drafter.stream_depth
-    assert decoder.in_one_pass(2) == (most > 0)
+    assert decoder.in_one_pass(2) == (most > 0 or config.streams.attends)
     state = decoder.start(prompts, **options)
     trees = []
     while not state.done.all():

@@ -39,7 +39,7 @@ class Accepted:
   tokens: jax.Array  # [B, A] committed tokens, then junk
   count: jax.Array  # [B] how many of them count
   hidden: jax.Array  # [B, A, D] final-normed hidden at `tokens`
-  streams: jax.Array | None  # [B, J, D] streams of the last committed token
+  streams: jax.Array | None  # [B, J or J', D] of the last committed token
   stream_logits: jax.Array | None = None  # [B, J', V] of its first, if known
   taps: jax.Array | None = None  # [B, A, n, D] of the layers in Drafter.taps
   draws: jax.Array | None = None  # [B, M] draw at each node; not after prefill
@@ -61,7 +61,7 @@ class Drafter:
   """Base of all drafters. What a subclass does not set, stands here."""
 
   name: str
-  num_streams = 0  # streams the target attaches to each node
+  num_streams = 0  # streams the target attaches to each node, or to one: `step`
   stream_depth = 0  # J' of the first streams that it drafts from
   prune = Prune()  # early-exit pruning of its trees
   taps: tuple[int, ...] = ()  # layers whose hidden states it reads

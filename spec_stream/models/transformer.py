@@ -8,8 +8,8 @@ function with another mask among the new tokens:
     plain step   T = 1
     verify       T = M tree nodes, mask = ancestors, streams on every node
 
-Where many nodes are verified, their streams are left out, and those of the
-accepted one run by themselves through the top layers: `forward_streams`.
+Where many nodes are verified they go without, and the accepted one's streams
+run through the top layers by themselves: `forward_streams`.
 
 Letters: B batch row, T new positions, U positions with streams, J streams, D
 width, V vocabulary, L layers, N_s top layers with streams.
@@ -281,7 +281,7 @@ def forward_streams(
     model: the weights.
     early: [B, D] main stream of the token after layer L-N_s (`Output.early`).
     positions: [B] of the token.
-    cache: ends with the token.
+    cache: its last token is that one (else the row's result is junk).
     num_streams: J', of the J that were trained.
 
   Returns:
