@@ -11,7 +11,7 @@ import jax
 import pytest
 from scripts import ROOT, script
 
-from spec_stream import UserError, buckets
+from spec_stream import UserError, buckets, decode
 from spec_stream.models import attention
 
 
@@ -34,6 +34,23 @@ def test_steps_are_measured_against_their_limits(tmp_path, capsys):
   plain, _, whole, pruned = (r["step_flops"] for r in rows)
   assert plain < pruned < whole
   assert all(0 < r["read_share"] and r["identical"] == 1 for r in rows)
+
+
+def test_steps_in_two_passes(tmp_path, monkeypatch):
+  monkeypatch.setattr(decode, "one_pass_rows", decode.one_pass_rows)  # restores
+  steps = script("step_cost", "steps.py")
+  out = tmp_path / "rows.jsonl"
+  args = "--shape=tiny --lengths=20 --new=8 --prompts=2 --nodes=4".split()
+  for rows in "16", "15":
+    assert steps.main([*args, f"--one_pass_rows={rows}", f"--out={out}"]) == 0
+  rows = [json.loads(line) for line in out.read_text().splitlines()]
+  assert [r["one_pass"] for r in rows] == [None, None, True] + [
+    None,
+    None,
+    False,
+  ]
+  assert rows[2]["step_flops"] > rows[5]["step_flops"]
+  assert all(r["identical"] == 1 for r in rows)
 
 
 @pytest.mark.slow

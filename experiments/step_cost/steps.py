@@ -1,7 +1,8 @@
 """What a verify step costs, in plain steps, and how near both are to the limit.
 
   python experiments/step_cost/steps.py [--shape=86m] [--nodes=4,8,16]
-    [--lengths=100] [--batch=1] [--kept=0] [--stages] [--out=F.jsonl]
+    [--lengths=100] [--batch=1] [--kept=0] [--one_pass_rows=N] [--stages]
+    [--out=F.jsonl]
 
 A model of random weights decodes random prompts, plainly and with drafts, in
 turns within one process (`spec_stream.bench`): what a step costs does not
@@ -22,6 +23,7 @@ from spec_stream import (
   bench,
   bench_rows,
   compile_check,
+  decode,
   limits,
   metrics,
   weights,
@@ -57,14 +59,13 @@ _86M = ModelConfig(
   ffw_dim=2048,
   streams=_STREAMS,
 )
+_18M = dataclasses.replace(
+  _86M, vocab_size=8192, width=320, num_heads=4, num_kv_heads=2, ffw_dim=1024
+)
 SHAPES = {
-  "18m": dataclasses.replace(
-    _86M,
-    vocab_size=8192,
-    width=320,
-    num_heads=4,
-    num_kv_heads=2,
-    ffw_dim=1024,
+  "18m": _18M,
+  "18m_lossless": dataclasses.replace(
+    _18M, streams=StreamConfig(5, 4, mode="lossless", lora_rank=32)
   ),
   "86m": _86M,
   "1b": _llama(
@@ -103,6 +104,9 @@ def main(argv: list[str]) -> int:
   parser.add_argument("--kept", default="0", help="nodes kept by the pruner")
   parser.add_argument("--lengths", default="100", help="of the prompts")
   parser.add_argument("--batch", type=int, default=1)
+  parser.add_argument(
+    "--one_pass_rows", type=int, help="of step.one_pass_rows, if not its own"
+  )
   parser.add_argument("--new", type=int, default=48, help="tokens to decode")
   parser.add_argument("--prompts", type=int, default=5)
   parser.add_argument(
@@ -110,6 +114,8 @@ def main(argv: list[str]) -> int:
   )
   parser.add_argument("--out", default="", help=".jsonl file to add rows to")
   args = parser.parse_args(argv)
+  if args.one_pass_rows is not None:
+    decode.one_pass_rows = lambda platform: args.one_pass_rows
   numbers = lambda text: [int(x) for x in text.split(",")]
   config = SHAPES[args.shape]
   model = weights.to_model(config, jax.jit(lambda: weights.init(config, 0))())

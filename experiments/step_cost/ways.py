@@ -2,6 +2,7 @@
 
   python experiments/step_cost/ways.py [--target=tpu:v5e:2x2] [--shape=1b]
     [--layers=24] [--slots=2048] [--nodes=1,16] [--quantize=,int8,int4]
+    [--one_pass_rows=N]
 
 Needs libtpu and no TPU. Bytes that a step of the decoding loop moves in the
 chip's large memory, arrays of a layer's keys or values that it copies, the
@@ -39,7 +40,12 @@ def main(argv: list[str]) -> int:
   parser.add_argument(
     "--quantize", default="", help="kinds of model.quantize, one of them empty"
   )
+  parser.add_argument(
+    "--one_pass_rows", type=int, help="of step.one_pass_rows, if not its own"
+  )
   args = parser.parse_args(argv)
+  if args.one_pass_rows is not None:
+    ahead.one_pass_rows = lambda platform: args.one_pass_rows
   shape = SHAPES[args.shape]
   shape = dataclasses.replace(shape, num_layers=args.layers or shape.num_layers)
   mesh = ahead.make_mesh(args.target)
