@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from spec_stream import (
   UserError,
   decode,
+  one_pass,
   roofline,
   sampling,
   sharding,
@@ -25,7 +26,6 @@ from spec_stream import (
 from spec_stream.drafters.base import Drafter, Params
 from spec_stream.models.config import ModelConfig
 from spec_stream.models.transformer import merge_lora
-from spec_stream.step import one_pass_rows
 from spec_stream.train import config as train_config
 from spec_stream.train import losses
 from spec_stream.train import state as states
@@ -162,7 +162,7 @@ def decoding(
 
   def folded(values):
     target = merge_lora(weights.to_model(model, values))
-    target.one_pass_rows = one_pass_rows(mesh.devices.flat[0].platform)
+    target.one_pass_rows = one_pass.most_rows(mesh.devices.flat[0].platform)
     made, values = nnx.split(Params(target))
     graph.append(made)
     return values

@@ -152,7 +152,7 @@ class Measured:
   compile_seconds: float = 0.0
   recompiles: int = 0  # compilations while the clock ran
   draft_seconds: float = 0.0  # of one draft, the verification left out
-  one_pass: bool | None = None  # see `step.in_one_pass`; None: no streams
+  one_pass: bool | None = None  # see `Decoder.in_one_pass`
 
 
 def measure(
@@ -199,12 +199,18 @@ def measure(
   decoders[0].check(prompts, settings.max_new_tokens)
   zeros = lambda: np.zeros((settings.repeats, len(batches)))
   results = [
-    Measured(m, d.drafter, [], zeros(), zeros(), size, settings.refill)
+    Measured(
+      m,
+      d.drafter,
+      [],
+      zeros(),
+      zeros(),
+      size,
+      settings.refill,
+      one_pass=d.in_one_pass(rows),
+    )
     for m, d in zip(methods, decoders)
   ]
-  for decoder, result in zip(decoders, results):
-    if decoder.drafter.stream_depth:
-      result.one_pass = decoder.in_one_pass(rows)
 
   def run(decoder: Decoder, at: slice):
     """One batch -> (finished state, prefill seconds, decoding seconds)."""

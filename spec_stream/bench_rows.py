@@ -10,8 +10,8 @@ speedup             baseline's ms_per_token over the method's, hence a ratio of
 speedup_request     the same with prefill counted, per token emitted
 step_ms, step_cost  one call of the compiled loop; in steps of the baseline
                     (not with refill, whose loop does prefills as well)
-one_pass            whether streams of all nodes are in the pass that verifies:
-                    `step.in_one_pass`, of a full batch
+one_pass            whether nodes carry streams as they are verified, in a full
+                    batch: see `one_pass`
 draft_ms            one draft alone, in a loop of nothing else (without streams,
                     and the LM head where the step reads it once for all);
                     draft_share: of a step

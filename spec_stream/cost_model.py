@@ -10,7 +10,7 @@ tree of M nodes, and its nodes of depth J or less the tree of J streams. So one
 decoding with the largest gives what all sizes and depths accept. Trees that are
 not nested (pruned, or grown by a drafter that looks at its own tokens) are
 known at the sizes that were decoded. Step costs are interpolated between those
-that were timed, also where one takes one pass and the next two (`step`).
+that were timed, also where one takes one pass and the next two.
 
 Letters: P calibration prompts, J tokens ahead, M nodes (root included).
 """

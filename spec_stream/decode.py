@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from spec_stream import buckets, refill, stops
+from spec_stream import buckets, one_pass, refill, stops
 from spec_stream.cache import empty
 from spec_stream.drafters.base import Drafter, Params, check_rule
 from spec_stream.drafters.streams import StreamDraft
@@ -25,14 +25,7 @@ from spec_stream.errors import UserError
 from spec_stream.models.lora import devices
 from spec_stream.models.transformer import Transformer, for_decoding
 from spec_stream.sampling import make as make_sampling
-from spec_stream.step import (
-  DecodeState,
-  has_room,
-  in_one_pass,
-  one_pass_rows,
-  prefill,
-  step,
-)
+from spec_stream.step import DecodeState, has_room, prefill, step
 from spec_stream.tree import TokenTree
 
 # Jitted entry points. Target and drafter's own weights (`Params`) travel as
@@ -92,7 +85,7 @@ class Decoder:
     target = nnx.clone(model)
     target.drafter = nnx.data(None)
     on = devices(model.embed.table[...]) or jax.devices()
-    target.one_pass_rows = one_pass_rows(next(iter(on)).platform)
+    target.one_pass_rows = one_pass.most_rows(next(iter(on)).platform)
     if own is None and drafter.Module is not None:
       own = model.drafter
     if isinstance(own, Transformer):
@@ -101,10 +94,13 @@ class Decoder:
     check_rule(self.drafter)
     self.graphdef, self.weights = nnx.split(Params(target, own))
 
-  def in_one_pass(self, batch: int) -> bool:
-    """See `step.in_one_pass`."""
-    params = nnx.merge(self.graphdef, self.weights)
-    return in_one_pass(params.target, self.drafter, batch)
+  def in_one_pass(self, batch: int) -> bool | None:
+    """Whether nodes carry streams, see `one_pass`; None if none are drafted
+    from."""
+    if not self.drafter.stream_depth:
+      return None
+    target = nnx.merge(self.graphdef, self.weights).target
+    return one_pass.streams_on_nodes(target, self.drafter, batch) > 0
 
   def start(
     self, prompts: Sequence[Sequence[int]], *, grow: bool = True, **settings

@@ -13,7 +13,8 @@ from flax import nnx
 from spec_stream.decode import Decoder
 from spec_stream.drafters.base import Accepted
 from spec_stream.models.layers import wide
-from spec_stream.step import DecodeState, reads_head_once
+from spec_stream.one_pass import reads_head_once
+from spec_stream.step import DecodeState
 
 
 def seconds(decoder: Decoder, state: DecodeState, count: int = 64) -> float:

@@ -17,7 +17,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from spec_stream import accept, stops
+from spec_stream import accept, one_pass, stops
 from spec_stream.cache import KVCache, commit, empty
 from spec_stream.drafters.base import Accepted, Drafter, Params
 from spec_stream.models.prune import prune
@@ -214,7 +214,7 @@ def step(params: Params, drafter: Drafter, state: DecodeState) -> DecodeState:
         return nodes, kept
 
     above = ancestors(tree.parents, longest)
-    attached = _attached(model, drafter, len(tree.tokens))
+    attached = one_pass.streams_on_nodes(model, drafter, len(tree.tokens))
     out = forward(
       model,
       tree.tokens,
@@ -301,50 +301,11 @@ def step(params: Params, drafter: Drafter, state: DecodeState) -> DecodeState:
   )
 
 
-def one_pass_rows(platform: str) -> int:
-  """Nodes and streams, of all requests, up to which a step takes one pass.
-
-  On a CPU as measured, elsewhere as the compiler for a v5e estimates: its 64
-  rows are faster in one pass, 256 in two (experiments/step_cost).
-  """
-  return 16 if platform == "cpu" else 128
-
-
-def reads_head_once(model, drafter: Drafter, batch: int) -> bool:
-  """Whether a step multiplies all streams with the LM head, as it does nodes.
-
-  Only after acceptance it is known whose streams count. With few rows, at most
-  `one_pass_rows` of the model, those of all nodes cost less than it takes to
-  read the LM head once more for those of one.
-  """
-  depth = drafter.stream_depth
-  num_nodes = drafter.prune.kept_nodes or drafter.num_nodes
-  return 0 < depth and batch * num_nodes * (1 + depth) <= model.one_pass_rows
-
-
-def in_one_pass(model, drafter: Drafter, batch: int) -> bool:
-  """Whether all nodes carry streams in the pass that verifies, as in the paper.
-
-  For the same reason with few rows alone. With more, the accepted node's alone
-  go through the top layers, after acceptance. But where the main stream attends
-  to its streams, every node needs its own.
-  """
-  attends = model.config.streams.attends
-  return attends or reads_head_once(model, drafter, batch)
-
-
-def _attached(model, drafter: Drafter, batch: int) -> int:
-  """Streams on each node in the pass that verifies."""
-  if model.config.streams.attends or not drafter.stream_depth:
-    return drafter.num_streams
-  return drafter.stream_depth if in_one_pass(model, drafter, batch) else 0
-
-
 def _logits(model, drafter: Drafter, out):
   """-> logits of the nodes [B, T, V]; of their streams [B, T, J', V], or None
   if only the draft is to know those that it needs."""
   batch, num_nodes, width = out.main.shape
-  if not reads_head_once(model, drafter, batch):
+  if not one_pass.reads_head_once(model, drafter, batch):
     return model.logits(out.main), None
   depth = drafter.stream_depth
   streams = out.streams[:, :, :depth].reshape(batch, -1, width)

@@ -4,8 +4,17 @@ import dataclasses
 
 import tiny
 
-from spec_stream import NoDraft, hlo, stages, weights
+from spec_stream import (
+  NoDraft,
+  StreamDraft,
+  TreeSpec,
+  hlo,
+  one_pass,
+  stages,
+  weights,
+)
 from spec_stream.decode import Decoder
+from spec_stream.models.config import StreamConfig
 
 
 def test_an_operation_without_a_name_is_of_what_reads_it():
@@ -36,3 +45,13 @@ def test_time_goes_to_the_scope_of_what_it_was_spent_for():
   assert all(ms > 0 for ms in found.values())
   assert found.get("rest", 0) < sum(found.values()) / 4
   assert stages.milliseconds(decoder, [[5, 6]], max_new_tokens=1) == {}
+
+
+def test_streams_after_acceptance_count_by_themselves(monkeypatch):
+  monkeypatch.setattr(one_pass, "most_rows", lambda _: 0)
+  streams = StreamConfig(2, 1, mode="lossless")
+  config = dataclasses.replace(tiny.MODEL, vocab_size=64, streams=streams)
+  model = weights.to_model(config, weights.init(config, 0))
+  decoder = Decoder(model, StreamDraft(TreeSpec("best_first", 4)))
+  found = stages.milliseconds(decoder, [[5, 6]], max_new_tokens=9)
+  assert found["streams"] > 0

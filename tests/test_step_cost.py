@@ -11,7 +11,7 @@ import jax
 import pytest
 from scripts import ROOT, script
 
-from spec_stream import UserError, buckets, decode
+from spec_stream import UserError, buckets, one_pass
 from spec_stream.models import attention
 
 
@@ -37,7 +37,7 @@ def test_steps_are_measured_against_their_limits(tmp_path, capsys):
 
 
 def test_steps_in_two_passes(tmp_path, monkeypatch):
-  monkeypatch.setattr(decode, "one_pass_rows", decode.one_pass_rows)  # restores
+  monkeypatch.setattr(one_pass, "most_rows", one_pass.most_rows)  # restores
   steps = script("step_cost", "steps.py")
   out = tmp_path / "rows.jsonl"
   args = "--shape=tiny --lengths=20 --new=8 --prompts=2 --nodes=4".split()

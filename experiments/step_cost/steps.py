@@ -23,9 +23,9 @@ from spec_stream import (
   bench,
   bench_rows,
   compile_check,
-  decode,
   limits,
   metrics,
+  one_pass,
   weights,
 )
 from spec_stream.drafters.streams import StreamDraft
@@ -105,7 +105,7 @@ def main(argv: list[str]) -> int:
   parser.add_argument("--lengths", default="100", help="of the prompts")
   parser.add_argument("--batch", type=int, default=1)
   parser.add_argument(
-    "--one_pass_rows", type=int, help="of step.one_pass_rows, if not its own"
+    "--one_pass_rows", type=int, help="of one_pass.most_rows, if not its own"
   )
   parser.add_argument("--new", type=int, default=48, help="tokens to decode")
   parser.add_argument("--prompts", type=int, default=5)
@@ -115,7 +115,7 @@ def main(argv: list[str]) -> int:
   parser.add_argument("--out", default="", help=".jsonl file to add rows to")
   args = parser.parse_args(argv)
   if args.one_pass_rows is not None:
-    decode.one_pass_rows = lambda platform: args.one_pass_rows
+    one_pass.most_rows = lambda platform: args.one_pass_rows
   numbers = lambda text: [int(x) for x in text.split(",")]
   config = SHAPES[args.shape]
   model = weights.to_model(config, jax.jit(lambda: weights.init(config, 0))())

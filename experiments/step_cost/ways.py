@@ -20,7 +20,7 @@ import time
 import jax
 from steps import SHAPES
 
-from spec_stream import UserError, ahead, compile_check, hlo
+from spec_stream import UserError, ahead, compile_check, hlo, one_pass
 from spec_stream.drafters.none import NoDraft
 from spec_stream.drafters.streams import StreamDraft
 from spec_stream.models import attention
@@ -41,11 +41,11 @@ def main(argv: list[str]) -> int:
     "--quantize", default="", help="kinds of model.quantize, one of them empty"
   )
   parser.add_argument(
-    "--one_pass_rows", type=int, help="of step.one_pass_rows, if not its own"
+    "--one_pass_rows", type=int, help="of one_pass.most_rows, if not its own"
   )
   args = parser.parse_args(argv)
   if args.one_pass_rows is not None:
-    ahead.one_pass_rows = lambda platform: args.one_pass_rows
+    one_pass.most_rows = lambda platform: args.one_pass_rows
   shape = SHAPES[args.shape]
   shape = dataclasses.replace(shape, num_layers=args.layers or shape.num_layers)
   mesh = ahead.make_mesh(args.target)

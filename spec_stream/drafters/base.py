@@ -61,7 +61,7 @@ class Drafter:
   """Base of all drafters. What a subclass does not set, stands here."""
 
   name: str
-  num_streams = 0  # streams the target attaches to each node, or to one: `step`
+  num_streams = 0  # streams of a node: of which nodes, says `one_pass`
   stream_depth = 0  # J' of the first streams that it drafts from
   prune = Prune()  # early-exit pruning of its trees
   taps: tuple[int, ...] = ()  # layers whose hidden states it reads

@@ -113,7 +113,7 @@ def stream_rows(
 
 
 def own_rows(
-  config: ModelConfig, positions, num_streams: int, slides=False
+  config: ModelConfig, positions, num_streams: int, slides: bool
 ) -> Rows:
   """Rows of the streams alone, of one committed token in each batch row.
 

@@ -84,7 +84,7 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
   """Weights; `forward` runs them. Stream modules exist if J > 0."""
 
-  one_pass_rows = 0  # as of `step.in_one_pass`
+  one_pass_rows = 0  # see `one_pass.most_rows`
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     self.config = config
