@@ -31,6 +31,7 @@ SETTINGS = {
   "kept_nodes": "nodes kept by pruning",
   "prune_threshold": "pruning threshold",
   "one_pass": "streams in the pass that verifies",
+  "few_rows": "own products of few rows",
   "baseline": "timed against",
   "dtype": "dtype",
   "matmul_precision": "matmul precision",

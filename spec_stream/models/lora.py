@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from spec_stream.models import quant
+from spec_stream.models import few_rows, quant
 from spec_stream.models.config import ModelConfig
 
-# Bytes of the smallest kernel that `lay_out` changes: experiments/step_cost. In
-# some states of that machine smaller ones lost by it, for one row.
+# Bytes of the smallest kernel that `lay_out` changes for XLA; for `few_rows` an
+# eighth of it: experiments/step_cost. In some states of that machine smaller
+# ones lost by it with XLA, for one row.
 _LARGE = 2**20
 
 
@@ -38,21 +39,32 @@ def _of_two_rows(product, x):
 
 
 def matmul_out_first(x: jax.Array, kernel: jax.Array, dtype=None) -> jax.Array:
-  """As `matmul`, of a kernel [*out, I], whose rows lie in one piece each.
+  """As `matmul`, of a kernel [*out, I], whose rows lie in one piece each; on a
+  CPU alone."""
+  outputs = kernel.shape[:-1]
+  rows = x.reshape(-1, x.shape[-1])
+  kernel = kernel.reshape(-1, x.shape[-1])
+  if dtype in (None, x.dtype) and few_rows.serves(rows, kernel):
+    y = few_rows.matmul(rows, kernel)
+  else:
+    y = rows_as_columns(rows, kernel, dtype)
+  return y.reshape(*x.shape[:-1], *outputs)
 
-  For a few rows XLA on a CPU first copies one side into panels. With the
-  kernel on the left, and the rows as columns that truly lie so, it is theirs,
-  which pays where the kernel is large: experiments/step_cost has the times.
+
+def rows_as_columns(x: jax.Array, kernel: jax.Array, dtype=None) -> jax.Array:
+  """x [R, I] times kernel [O, I] -> [R, O], by XLA.
+
+  On a CPU it first copies one side into panels. With the kernel on the left,
+  and the rows as columns that truly lie so, it is theirs, which pays where the
+  kernel is large: experiments/step_cost has the times.
   """
-  batch, rows, inputs = x.shape
-  flat = kernel.reshape(-1, inputs)
-  if batch * rows == 1:  # a vector lies in order as it is
-    y = jax.lax.dot(flat, x.reshape(-1), preferred_element_type=dtype)
-    return y.reshape(1, 1, *kernel.shape[:-1])
+  if len(x) == 1:  # a vector lies in order as it is
+    y = jax.lax.dot(kernel, x[0], preferred_element_type=dtype)
+    return y[None]
   in_order = lambda x: with_layout_constraint(x, Layout((0, 1)))
-  columns = in_order(in_order(x.reshape(-1, inputs)).T)
-  y = jax.lax.dot(flat, columns, preferred_element_type=dtype)
-  return in_order(y).T.reshape(batch, rows, *kernel.shape[:-1])
+  columns = in_order(in_order(x).T)
+  y = jax.lax.dot(kernel, columns, preferred_element_type=dtype)
+  return in_order(y).T
 
 
 class LoRAParam(nnx.Param):
@@ -171,7 +183,8 @@ class Linear(nnx.Module):
 
 def is_large(kernel: jax.Array) -> bool:
   """Whether a kernel gains by having its outputs first."""
-  return kernel.nbytes >= _LARGE
+  ours = kernel.dtype == jnp.float32 and few_rows.is_ready()
+  return kernel.nbytes >= (_LARGE // 8 if ours else _LARGE)
 
 
 def devices(x) -> set:

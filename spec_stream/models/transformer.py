@@ -25,6 +25,7 @@ from flax import nnx
 
 from spec_stream.cache import KV, KVCache, take
 from spec_stream.errors import UserError
+from spec_stream.models import few_rows
 from spec_stream.models.attention import (
   Attention,
   Rows,
@@ -388,6 +389,15 @@ def lay_out(model: Transformer) -> Transformer:
   for linear in large(model):
     linear.lay_out()
   return model
+
+
+def uses_few_rows(model: Transformer) -> bool:
+  """Whether `few_rows` is what multiplies, once it is laid out."""
+  return (
+    on_cpu(model.embed.table[...])
+    and model.config.dtype == "float32"
+    and few_rows.is_ready()
+  )
 
 
 def _linears(model: Transformer):
