@@ -12,7 +12,8 @@ step_ms, step_cost  one call of the compiled loop; in steps of the baseline
                     (not with refill, whose loop does prefills as well)
 one_pass            whether nodes carry streams as they are verified, in a full
                     batch: see `one_pass`
-few_rows            whether products of few rows are `few_rows`' and not XLA's
+few_rows            whether a full batch's nodes are few enough for `few_rows`,
+                    and it is there to multiply them
 draft_ms            one draft alone, in a loop of nothing else (without streams,
                     and the LM head where the step reads it once for all);
                     draft_share: of a step
@@ -36,11 +37,7 @@ from spec_stream.drafters.base import Drafter
 from spec_stream.models.lora import LoRAParam
 from spec_stream.models.prune import PruneParam
 from spec_stream.models.streams import StreamParam
-from spec_stream.models.transformer import (
-  Transformer,
-  num_params,
-  uses_few_rows,
-)
+from spec_stream.models.transformer import Transformer, num_params
 from spec_stream.rules import LOSSY
 
 POSITIONS_PER_BIN = 8
@@ -86,7 +83,7 @@ def rows(
         "stream_position": model.config.streams.stream_position,
         **tree_fields(result.drafter),
         "one_pass": result.one_pass,
-        "few_rows": uses_few_rows(model),
+        "few_rows": result.few_rows,
         "draft_length": result.drafter.longest - 1,
         "draft_from": method.source or None,
         "draft_ms": draft,

@@ -22,8 +22,13 @@ from spec_stream.cache import empty
 from spec_stream.drafters.base import Drafter, Params, check_rule
 from spec_stream.drafters.streams import StreamDraft
 from spec_stream.errors import UserError
+from spec_stream.models import few_rows
 from spec_stream.models.lora import devices
-from spec_stream.models.transformer import Transformer, for_decoding
+from spec_stream.models.transformer import (
+  Transformer,
+  for_decoding,
+  uses_few_rows,
+)
 from spec_stream.sampling import make as make_sampling
 from spec_stream.step import DecodeState, has_room, prefill, step
 from spec_stream.tree import TokenTree
@@ -101,6 +106,12 @@ class Decoder:
       return None
     target = nnx.merge(self.graphdef, self.weights).target
     return one_pass.streams_on_nodes(target, self.drafter, batch) > 0
+
+  def by_few_rows(self, batch: int) -> bool:
+    """Whether `few_rows` multiplies the nodes of so many requests."""
+    target = nnx.merge(self.graphdef, self.weights).target
+    rows = batch * self.drafter.num_nodes
+    return rows <= few_rows.MOST and uses_few_rows(target)
 
   def start(
     self, prompts: Sequence[Sequence[int]], *, grow: bool = True, **settings

@@ -12,7 +12,6 @@ import math
 import jax
 
 from spec_stream.hlo import Traffic
-from spec_stream.models import few_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +47,6 @@ def _flops(jaxpr) -> int:
       left = equation.invars[0].aval.shape
       summed = math.prod(left[axis] for axis in inner)
       total += 2 * math.prod(equation.outvars[0].aval.shape) * summed
-      continue
-    if equation.params.get("target_name") == few_rows.TARGET:
-      rows, kernel = (x.aval for x in equation.invars)
-      total += 2 * rows.shape[0] * kernel.size
       continue
     times = equation.params.get("length", 1)  # of a scan
     if equation.primitive.name == "pallas_call":  # of a block of its grid

@@ -12,7 +12,7 @@ import pytest
 from scripts import ROOT, script
 
 from spec_stream import UserError, buckets, one_pass
-from spec_stream.models import attention
+from spec_stream.models import attention, few_rows, lora
 
 
 def test_steps_are_measured_against_their_limits(tmp_path, capsys):
@@ -47,6 +47,32 @@ def test_steps_in_two_passes(tmp_path, monkeypatch):
   made = [r["one_pass"] for r in rows]
   assert made == [None, None, True, None, None, False]
   assert rows[2]["step_flops"] > rows[5]["step_flops"]
+  assert all(r["identical"] == 1 for r in rows)
+
+
+@pytest.mark.skipif(not few_rows.find_compiler(), reason="no C++ compiler")
+def test_steps_by_either_product(tmp_path, monkeypatch):
+  monkeypatch.setattr(few_rows, "is_ready", few_rows.is_ready)  # restores
+  monkeypatch.setattr(lora, "_LARGE", 0)
+  used, multiply = [], few_rows.matmul
+  count = lambda x, kernel: used.append(len(x)) or multiply(x, kernel)
+  monkeypatch.setattr(few_rows, "matmul", count)
+  steps = script("step_cost", "steps.py")
+  out = tmp_path / "rows.jsonl"
+  args = "--shape=tiny --lengths=20 --new=8 --prompts=2 --nodes=4".split()
+  jax.clear_caches()
+  assert steps.main([*args, f"--out={out}"]) == 0
+  # Plainly, of nodes, of nodes and streams.
+  assert {1, 4, 16} <= set(used)
+  used.clear()
+  jax.clear_caches()
+  assert steps.main([*args, "--xla", f"--out={out}"]) == 0
+  assert not used
+  rows = [json.loads(line) for line in out.read_text().splitlines()]
+  assert [r["few_rows"] for r in rows] == 3 * [True] + 3 * [False]
+  flops = [r["step_flops"] for r in rows]
+  assert flops[:3] == flops[3:]
+  jax.clear_caches()  # or others would find this one's programs
   assert all(r["identical"] == 1 for r in rows)
 
 
@@ -138,8 +164,10 @@ def test_ways_of_reading_a_cache_are_compiled(monkeypatch, capsys):
   jax.clear_caches()
 
 
-def test_products_are_timed_each_way(monkeypatch, capsys):
+@pytest.mark.parametrize("ready", [True, False])
+def test_products_are_timed_each_way(monkeypatch, capsys, ready):
   products = script("step_cost", "products.py")
+  monkeypatch.setattr(few_rows, "is_ready", lambda: ready)
   monkeypatch.setattr(products, "SIZES", ((4, 6),))
   monkeypatch.setattr(products, "HELD", 300)  # three kernels
   calls = []
@@ -149,11 +177,15 @@ def test_products_are_timed_each_way(monkeypatch, capsys):
     lambda way, kernels, rows: calls.append((rows, kernels)) or 7.0,
   )
   assert products.main(["--rows=1,3"]) == 0
-  lines = capsys.readouterr().out.splitlines()
+  said, lines = [], capsys.readouterr().out.splitlines()
+  if not ready:
+    said, lines = lines[:1], lines[1:]
+  assert ["no C++ compiler" in x for x in said] == [True] * (not ready)
   assert [line.split()[4:] for line in lines[1:]] == [
     ["in", "first", "7", "7"],
+    *[["few", "rows", "7", "7"]] * ready,
     ["out", "first", "7", "7"],
     ["x", "W^T", "7", "7"],
   ]
   shapes = [[k.shape for k in kernels] for _, kernels in calls]
-  assert shapes == 2 * [3 * [(4, 6)]] + 4 * [3 * [(6, 4)]]
+  assert shapes == 2 * [3 * [(4, 6)]] + (4 + 2 * ready) * [3 * [(6, 4)]]

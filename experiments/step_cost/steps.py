@@ -1,8 +1,8 @@
 """What a verify step costs, in plain steps, and how near both are to the limit.
 
   python experiments/step_cost/steps.py [--shape=86m] [--nodes=4,8,16]
-    [--lengths=100] [--batch=1] [--kept=0] [--one_pass_rows=N] [--stages]
-    [--out=F.jsonl]
+    [--lengths=100] [--batch=1] [--kept=0] [--one_pass_rows=N] [--xla]
+    [--stages] [--out=F.jsonl]
 
 A model of random weights decodes random prompts, plainly and with drafts, in
 turns within one process (`spec_stream.bench`): what a step costs does not
@@ -29,6 +29,7 @@ from spec_stream import (
   weights,
 )
 from spec_stream.drafters.streams import StreamDraft
+from spec_stream.models import few_rows
 from spec_stream.models.config import ModelConfig, StreamConfig
 from spec_stream.models.prune import Prune
 from spec_stream.models.transformer import for_decoding
@@ -107,6 +108,11 @@ def main(argv: list[str]) -> int:
   parser.add_argument(
     "--one_pass_rows", type=int, help="of one_pass.most_rows, if not its own"
   )
+  parser.add_argument(
+    "--xla",
+    action="store_true",
+    help="XLA's products on a CPU, also where few_rows could serve",
+  )
   parser.add_argument("--new", type=int, default=48, help="tokens to decode")
   parser.add_argument("--prompts", type=int, default=5)
   parser.add_argument(
@@ -116,6 +122,8 @@ def main(argv: list[str]) -> int:
   args = parser.parse_args(argv)
   if args.one_pass_rows is not None:
     one_pass.most_rows = lambda platform: args.one_pass_rows
+  if args.xla:
+    few_rows.is_ready = lambda: False
   numbers = lambda text: [int(x) for x in text.split(",")]
   config = SHAPES[args.shape]
   model = weights.to_model(config, jax.jit(lambda: weights.init(config, 0))())

@@ -2,9 +2,9 @@
 // the memory: y [R, O] = x [R, I] W^T of W [O, I], in float32.
 //
 // W passes through once and is packed nowhere. A chunk of it that fits into a
-// core's nearest caches is multiplied with all rows while the next one is on
-// its way (prefetched, a few lines with each step of the loop). A row's sums
-// are taken in the same order however many others there are.
+// core's caches is multiplied with all rows while the next one is on its way
+// (prefetched, a few lines with each step of the loop). A row's sums are taken
+// in the same order however many others there are.
 //
 // few_rows.py compiles this file for the machine it runs on.
 
@@ -61,6 +61,23 @@ struct Ahead {
   int lines, every;
 };
 
+// Adds one step's products to the sums.
+template <int rows, int outputs>
+inline void Step(const float* x, const float* w, int64_t x_stride,
+                 int64_t w_stride, Vector (&sums)[rows][outputs]) {
+  Vector weights[outputs];
+#pragma GCC unroll 8
+  for (int o = 0; o < outputs; ++o) {
+    weights[o] = *reinterpret_cast<const Vector*>(w + o * w_stride);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r) {
+    const Vector row = *reinterpret_cast<const Vector*>(x + r * x_stride);
+#pragma GCC unroll 8
+    for (int o = 0; o < outputs; ++o) sums[r][o] += row * weights[o];
+  }
+}
+
 // Adds the products of `n` of `inputs` inputs to y [rows, outputs], whose rows
 // are `stride` apart; if `first`, begins with them.
 template <int rows, int outputs>
@@ -81,26 +98,23 @@ inline void Tile(const float* x, const float* w, float* y, int64_t n,
         __builtin_prefetch(ahead.next);
       }
     }
-    Vector weights[outputs];
-#pragma GCC unroll 8
-    for (int o = 0; o < outputs; ++o) {
-      weights[o] = *reinterpret_cast<const Vector*>(w + o * inputs + i);
-    }
-#pragma GCC unroll 8
+    Step<rows, outputs>(x + i, w + i, inputs, inputs, sums);
+  }
+  if (i < n) {  // the rest and zeros, so that it is rounded as all else is
+    float x_rest[rows * kLanes] = {}, w_rest[outputs * kLanes] = {};
     for (int r = 0; r < rows; ++r) {
-      const Vector row = *reinterpret_cast<const Vector*>(x + r * inputs + i);
-#pragma GCC unroll 8
-      for (int o = 0; o < outputs; ++o) sums[r][o] += row * weights[o];
+      std::copy(x + r * inputs + i, x + r * inputs + n, x_rest + r * kLanes);
     }
+    for (int o = 0; o < outputs; ++o) {
+      std::copy(w + o * inputs + i, w + o * inputs + n, w_rest + o * kLanes);
+    }
+    Step<rows, outputs>(x_rest, w_rest, kLanes, kLanes, sums);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
     for (int o = 0; o < outputs; ++o) {
-      float sum = Sum<kLanes>(sums[r][o]);
-      for (int64_t j = i; j < n; ++j) {
-        sum += x[r * inputs + j] * w[o * inputs + j];
-      }
+      const float sum = Sum<kLanes>(sums[r][o]);
       float& to = y[r * stride + o];
       to = first ? sum : to + sum;
     }
@@ -133,7 +147,8 @@ void StripOf(int64_t rows, Args&&... args) {
 // outputs that follow are this thread's too.
 void Chunk(const float* x, const float* w, float* y, int64_t rows,
            int64_t inputs, int64_t all, int64_t from, int64_t to, bool more) {
-  // All tiles of a chunk together ask for as many lines as the chunk has.
+  // All tiles of a chunk together ask for as many lines as the chunk has, or
+  // half as many more.
   const int strips = (rows + kRows - 1) / kRows;
   constexpr int kSteps = kLine / kLanes;  // of the loop, for a line
   Ahead ahead{w + to * inputs, more ? 1 : 0, 1};
@@ -163,6 +178,14 @@ ffi::Error FewRows(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x,
   const int64_t outputs = kernel.dimensions()[0];
   const float *rows_in = x.typed_data(), *weights = kernel.typed_data();
   float* out = y->typed_data();
+  if (kernel.dimensions()[1] != inputs || y->dimensions()[0] != rows ||
+      y->dimensions()[1] != outputs) {
+    return ffi::Error::InvalidArgument("[R, I], [O, I] and [R, O] do not fit");
+  }
+  if (rows * inputs * outputs == 0) {
+    std::fill(out, out + rows * outputs, 0.0f);
+    return ffi::Error::Success();
+  }
   const int64_t threads = std::max<int64_t>(1, pool.num_threads());
   // A part in one piece for each thread, so that it reads on and on.
   const auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
@@ -170,7 +193,8 @@ ffi::Error FewRows(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x,
   const int64_t part = up(share, kOutputs) * kOutputs;
   // Outputs of a chunk: few, so that what is prefetched comes soon, but not
   // where each chunk must read the rows again, from beyond the nearest cache.
-  const int64_t least = rows * inputs > 8192 ? 16 : 4;
+  const bool near = rows * inputs <= 8192;
+  const int64_t least = near ? 4 : std::clamp<int64_t>(65536 / inputs, 4, 16);
   const int64_t chunk =
       up(std::max(least, 4096 / inputs), kOutputs) * kOutputs;
   const int64_t parts = up(outputs, part);

@@ -2,9 +2,11 @@
 
 XLA's library for CPUs packs a kernel anew in each call, so that four rows take
 1.4 times as long as one although they read no more. `few_rows.cc` does not. It
-is compiled for this machine by its C++ compiler ($CXX, or the first of c++, g++
-and clang++), once, and kept in the user's cache folder; where there is none,
-XLA's product stays. experiments/step_cost has the times of both.
+is compiled for this machine by its C++ compiler, the first time that a model is
+made ready for decoding there, and kept in the user's cache folder. The compiler
+is $CXX or, if that is not set, the first of c++, g++ and clang++; where there
+is none (CXX= makes it so), XLA's products stay. experiments/step_cost has the
+times of both.
 """
 
 import ctypes
@@ -13,28 +15,37 @@ import hashlib
 import os
 import pathlib
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 
 MOST = 24  # rows; XLA is faster with 32: experiments/step_cost
 
 TARGET = "spec_stream_few_rows"
 _SOURCE = pathlib.Path(__file__).with_suffix(".cc")
-# No -ffast-math: a library linked with it changes how the whole process rounds.
 _FLAGS = (
-  *("-O3", "-march=native", "-ffp-contract=fast"),
+  "-O3",
+  # For GCC on a PowerPC or an ARM, and clang there, -march is another thing.
+  "-march=native"
+  if platform.machine().lower() in ("x86_64", "amd64")
+  else "-mcpu=native",
+  # No -ffast-math: a library linked with it changes how all others round.
+  "-ffp-contract=fast",
   *("-std=c++17", "-shared", "-fPIC", "-w"),
+  # It may be loaded by an interpreter that comes with older libraries.
+  *(["-static-libstdc++", "-static-libgcc"] * (platform.system() == "Linux")),
 )
 
 
 def serves(x: jax.Array, kernel: jax.Array) -> bool:
-  """Whether `matmul` is to multiply x [R, I] with kernel [O, I]; compiles it,
-  the first time."""
+  """Whether `matmul` is to multiply x [R, I] with kernel [O, I]."""
   return (
     x.shape[0] <= MOST and x.dtype == kernel.dtype == jnp.float32 and is_ready()
   )
@@ -44,60 +55,61 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """x [R, I] times kernel [O, I] -> [R, O], float32, on a CPU alone.
 
   A row of the result does not depend, to the bit, on how many others there are.
+  Neither differentiated nor split over devices. Needs `is_ready`.
   """
   y = jax.ShapeDtypeStruct((x.shape[0], kernel.shape[0]), jnp.float32)
-  return jax.ffi.ffi_call(TARGET, y)(x, kernel)
+  call = jax.ffi.ffi_call(TARGET, y, vmap_method="sequential")
+  return call(x, kernel)
 
 
 @functools.cache
 def is_ready() -> bool:
-  """Whether this process can use `matmul`, which this compiles and loads."""
+  """Whether this process can use `matmul`, which this compiles and loads.
+
+  A compiler that cannot is warned of, once.
+  """
   compiler = find_compiler()
-  if compiler is None:
+  if not compiler:
     return False
   try:
-    library = ctypes.CDLL(str(compile_for(compiler, _folder())))
-  except subprocess.CalledProcessError as error:
-    said = (error.stderr or "").strip().splitlines()
-    _warn(f"{compiler}: {said[0] if said else f'exit {error.returncode}'}")
+    function = _load(compiler, _folder())
+    jax.ffi.register_ffi_target(
+      TARGET, jax.ffi.pycapsule(function), platform="cpu"
+    )
+  except (
+    subprocess.SubprocessError,
+    OSError,
+    AttributeError,  # the library lacks the function
+    RuntimeError,  # of XLA: it is of another version of the interface
+  ) as error:
+    warnings.warn(
+      f"decoding on this CPU uses XLA's products, which are slower: "
+      f"{_SOURCE.name} was not made by {shlex.join(compiler)}: {_why(error)}",
+      stacklevel=2,
+    )
     return False
-  except (OSError, subprocess.TimeoutExpired) as error:
-    _warn(f"{compiler}: {error}")
-    return False
-  jax.ffi.register_ffi_target(
-    TARGET, jax.ffi.pycapsule(library.SpecStreamFewRows), platform="cpu"
-  )
   return True
 
 
-def _warn(why: str):
-  warnings.warn(
-    f"{_SOURCE.name} did not compile, so decoding on this CPU uses XLA's"
-    f" products, which are slower: {why}",
-    stacklevel=3,
-  )
+def find_compiler() -> list[str]:
+  """The command that begins a compilation; [] if there is none."""
+  if "CXX" in os.environ:
+    command = shlex.split(os.environ["CXX"])
+    return command if command and shutil.which(command[0]) else []
+  names = ("c++", "g++", "clang++")
+  return next(([path] for path in map(shutil.which, names) if path), [])
 
 
-def find_compiler() -> str | None:
-  names = (os.environ.get("CXX"), "c++", "g++", "clang++")
-  return next(
-    filter(None, (shutil.which(name) for name in names if name)), None
-  )
+def compile_for(compiler: Sequence[str], folder: pathlib.Path) -> pathlib.Path:
+  """few_rows.cc as a library in `folder`, compiled or found there.
 
-
-def _folder() -> pathlib.Path:
-  cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-  return pathlib.Path(cache, "spec_stream", "libraries")
-
-
-def compile_for(compiler: str, folder: pathlib.Path) -> pathlib.Path:
-  """Compiles few_rows.cc into `folder`, or finds it there; raises OSError and
-  subprocess's errors."""
-  # A home may be shared by unlike machines, and `native` is this one.
+  Raises: OSError, subprocess.SubprocessError.
+  """
   key = hashlib.sha256()
   headers = jax.ffi.include_dir()
-  about = (compiler, headers, jax.__version__, *_FLAGS, platform.machine())
-  for part in (_SOURCE.read_text(), *about, _features()):
+  about = (*compiler, *_FLAGS, headers, jaxlib.__version__)
+  # A home may be shared by unlike machines, and `native` is this one.
+  for part in (_SOURCE.read_text(), *about, platform.platform(), _features()):
     key.update(part.encode() + b"\0")
   library = folder / f"few_rows-{key.hexdigest()[:16]}.so"
   if library.exists():
@@ -106,12 +118,42 @@ def compile_for(compiler: str, folder: pathlib.Path) -> pathlib.Path:
   # Of several processes each writes its own, and all of them the same.
   with tempfile.TemporaryDirectory(dir=folder) as own:
     made = pathlib.Path(own, library.name)
-    command = [compiler, *_FLAGS, f"-I{headers}", str(_SOURCE), "-o", str(made)]
     subprocess.run(
-      command, check=True, capture_output=True, text=True, timeout=120
+      [*compiler, *_FLAGS, f"-I{headers}", str(_SOURCE), "-o", str(made)],
+      check=True,
+      capture_output=True,
+      encoding="utf-8",
+      errors="replace",
+      timeout=120,
     )
     made.replace(library)
   return library
+
+
+def _load(compiler: Sequence[str], folder: pathlib.Path | None):
+  if folder is not None:
+    try:
+      library = compile_for(compiler, folder)
+    except OSError:  # a folder that cannot be written, or a full disk
+      pass
+    else:
+      return ctypes.CDLL(str(library)).SpecStreamFewRows
+  with tempfile.TemporaryDirectory() as own:  # for this process alone
+    library = compile_for(compiler, pathlib.Path(own))
+    return ctypes.CDLL(str(library)).SpecStreamFewRows
+
+
+def _folder() -> pathlib.Path | None:
+  """The user's cache folder; None if there is no home."""
+  cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+  path = pathlib.Path(cache, "spec_stream", "libraries")
+  return path if path.is_absolute() else None
+
+
+def _why(error: Exception) -> str:
+  said = (getattr(error, "stderr", None) or "").strip().splitlines()
+  errors = [line for line in said if "error" in line]
+  return (errors or said or [str(error)])[0]
 
 
 def _features() -> str:

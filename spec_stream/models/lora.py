@@ -45,7 +45,9 @@ def matmul_out_first(x: jax.Array, kernel: jax.Array, dtype=None) -> jax.Array:
   rows = x.reshape(-1, x.shape[-1])
   kernel = kernel.reshape(-1, x.shape[-1])
   if dtype in (None, x.dtype) and few_rows.serves(rows, kernel):
-    y = few_rows.matmul(rows, kernel)
+    y = jax.lax.platform_dependent(
+      rows, kernel, cpu=few_rows.matmul, default=rows_as_columns
+    )
   else:
     y = rows_as_columns(rows, kernel, dtype)
   return y.reshape(*x.shape[:-1], *outputs)
@@ -167,11 +169,11 @@ class Linear(nnx.Module):
     self.kernel = nnx.Param((kernel.astype(wide) + delta).astype(kernel.dtype))
     self.lora_a = self.lora_b = None
 
-  @property
-  def gains(self) -> bool:
-    """Whether `lay_out` is to be called on a CPU."""
+  def gains(self, dtype: str) -> bool:
+    """Whether `lay_out` is to be called on a CPU that multiplies in `dtype`."""
     quantised = self.kernel_scale is not None
-    return not (self.out_first or quantised) and is_large(self.kernel[...])
+    done = self.out_first or quantised
+    return not done and is_large(self.kernel[...], dtype)
 
   def lay_out(self):
     """Puts the outputs of the kernel first."""
@@ -181,10 +183,14 @@ class Linear(nnx.Module):
     self.kernel, self.out_first = nnx.Param(flat), True
 
 
-def is_large(kernel: jax.Array) -> bool:
-  """Whether a kernel gains by having its outputs first."""
-  ours = kernel.dtype == jnp.float32 and few_rows.is_ready()
-  return kernel.nbytes >= (_LARGE // 8 if ours else _LARGE)
+def is_large(kernel: jax.Array, dtype: str) -> bool:
+  """Whether a kernel gains by having its outputs first, in `dtype`'s products.
+
+  Of the smaller of them `few_rows` is compiled here, if it was not before.
+  """
+  if not _LARGE // 8 <= kernel.nbytes < _LARGE:
+    return kernel.nbytes >= _LARGE
+  return dtype == str(kernel.dtype) == "float32" and few_rows.is_ready()
 
 
 def devices(x) -> set:

@@ -374,14 +374,15 @@ def lay_out(model: Transformer) -> Transformer:
   which costs the memory of those that change (`lora.is_large`) once more; the
   model itself where none gains by it, as on any device but a CPU."""
   table = model.embed.table[...]
+  dtype = model.config.dtype
   if not on_cpu(table):
     return model
   large = lambda model: [
     linear
     for linear in _linears(model) + ([model.head] if model.head else [])
-    if linear.gains
+    if linear.gains(dtype)
   ]
-  tied = model.head is None and is_large(table)
+  tied = model.head is None and is_large(table, dtype)
   if not large(model) and model.embed.out_first == tied:
     return model
   model = nnx.clone(model)
@@ -392,10 +393,10 @@ def lay_out(model: Transformer) -> Transformer:
 
 
 def uses_few_rows(model: Transformer) -> bool:
-  """Whether `few_rows` is what multiplies, once it is laid out."""
+  """Whether `few_rows` multiplies few rows of a model that is laid out."""
   return (
-    on_cpu(model.embed.table[...])
-    and model.config.dtype == "float32"
+    (model.embed.out_first or any(x.out_first for x in _linears(model)))
+    and model.config.dtype == model.config.param_dtype == "float32"
     and few_rows.is_ready()
   )
 
