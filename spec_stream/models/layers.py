@@ -102,9 +102,10 @@ class FeedForward(nnx.Module):
     self.down = Linear((hidden,), (width,), config, std=std, **keys)
 
   def __call__(self, x: jax.Array, adapt_from: int) -> jax.Array:
-    first, *rest = jnp.moveaxis(self.gate_up(x, adapt_from), 2, 0)
-    y = _ACTIVATIONS[self.activation](first)
-    return self.down(y * rest[0] if rest else y, adapt_from)
+    y = self.gate_up(x, adapt_from)
+    first = _ACTIVATIONS[self.activation](y[:, :, 0])
+    y = first * y[:, :, 1] if y.shape[2] > 1 else first
+    return self.down(y, adapt_from)
 
 
 def frequencies(config: ModelConfig, slides: bool) -> tuple[np.ndarray, float]:
