@@ -38,7 +38,7 @@ def random(rows, inputs, outputs):
 @compiled
 @settings(max_examples=60)
 @given(
-  rows=st.integers(1, few_rows.MOST),
+  rows=st.integers(1, few_rows.MOST_OF_SMALL),
   inputs=st.integers(1, 1100),  # pieces are of 512
   outputs=st.integers(1, 80),
 )
@@ -72,8 +72,14 @@ def test_what_it_serves():
   rows = lambda n, dtype=jnp.float32: jnp.zeros((n, 4), dtype)
   kernel = rows(3)
   assert few_rows.serves(rows(1), kernel)
-  assert few_rows.serves(rows(few_rows.MOST), kernel)
-  assert not few_rows.serves(rows(few_rows.MOST + 1), kernel)
+  large = jnp.zeros((2**16, 4))
+  for most, kernel in (
+    (few_rows.MOST_OF_SMALL, rows(3)),
+    (few_rows.MOST, large),
+  ):
+    assert few_rows.serves(rows(most), kernel)
+    assert not few_rows.serves(rows(most + 1), kernel)
+  assert few_rows.serves(rows(few_rows.MOST + 1), large[1:])
   assert not few_rows.serves(rows(1, jnp.bfloat16), kernel)
   assert not few_rows.serves(rows(1), rows(3, jnp.bfloat16))
 

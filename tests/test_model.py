@@ -436,8 +436,12 @@ def test_two_rows_give_what_one_gives(x64):
   np.testing.assert_array_equal(two, lora.matmul(jnp.asarray(x), kernel))
 
 
+@pytest.mark.parametrize("large", [0, 2**20])
 @pytest.mark.parametrize("batch, rows", [(1, 1), (1, 5), (3, 1), (2, 4)])
-def test_kernels_with_outputs_first_give_the_same(batch, rows, x64):
+def test_kernels_with_outputs_first_give_the_same(
+  batch, rows, large, x64, monkeypatch
+):
+  monkeypatch.setattr(lora, "_LARGE", large)
   rng = np.random.default_rng(0)
   x = jnp.asarray(rng.normal(size=(batch, rows, 6)))
   kernel = jnp.asarray(rng.normal(size=(6, 2, 3)))

@@ -26,7 +26,9 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 
-MOST = 24  # rows; XLA is faster with 32: experiments/step_cost
+# Rows from which on XLA is as fast, for a kernel of 1 MiB and more, and for a
+# smaller one: experiments/step_cost.
+MOST, MOST_OF_SMALL = 24, 64
 
 TARGET = "spec_stream_few_rows"
 _SOURCE = pathlib.Path(__file__).with_suffix(".cc")
@@ -46,8 +48,9 @@ _FLAGS = (
 
 def serves(x: jax.Array, kernel: jax.Array) -> bool:
   """Whether `matmul` is to multiply x [R, I] with kernel [O, I]."""
+  most = MOST if kernel.size * 4 >= 2**20 else MOST_OF_SMALL
   return (
-    x.shape[0] <= MOST and x.dtype == kernel.dtype == jnp.float32 and is_ready()
+    x.shape[0] <= most and x.dtype == kernel.dtype == jnp.float32 and is_ready()
   )
 
 

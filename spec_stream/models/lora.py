@@ -48,6 +48,8 @@ def matmul_out_first(x: jax.Array, kernel: jax.Array, dtype=None) -> jax.Array:
     y = jax.lax.platform_dependent(
       rows, kernel, cpu=few_rows.matmul, default=rows_as_columns
     )
+  elif kernel.size * kernel.dtype.itemsize < _LARGE:  # laid out for few_rows
+    y = jnp.dot(rows, kernel.T, preferred_element_type=dtype)
   else:
     y = rows_as_columns(rows, kernel, dtype)
   return y.reshape(*x.shape[:-1], *outputs)
