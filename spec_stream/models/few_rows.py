@@ -154,9 +154,11 @@ def _folder() -> pathlib.Path | None:
 
 
 def _why(error: Exception) -> str:
-  said = (getattr(error, "stderr", None) or "").strip().splitlines()
+  if not isinstance(error, subprocess.CalledProcessError):
+    return str(error)
+  said = error.stderr.strip().splitlines()
   errors = [line for line in said if "error" in line]
-  return (errors or said or [str(error)])[0]
+  return (errors or said or [f"exit status {error.returncode}"])[0]
 
 
 def _features() -> str:
