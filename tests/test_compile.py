@@ -302,7 +302,8 @@ def test_mistakes_are_one_line():
 @pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None, reason="needs libtpu"
 )
-def test_a_slice_that_is_not_here(tmp_path):
+def test_a_slice_that_is_not_here(tmp_path, monkeypatch):
+  monkeypatch.delenv("XLA_FLAGS")  # libtpu does not know those for a CPU
   args = ("--config=configs/e2e_nlg.py", "--topology=v5e:2x2")
   code, _, err = call(*args, "--config.mesh.fsdp=3")
   assert code == 1 and "does not fit 4 device" in err
