@@ -12,8 +12,8 @@ step_ms, step_cost  one call of the compiled loop; in steps of the baseline
                     (not with refill, whose loop does prefills as well)
 one_pass            whether nodes carry streams as they are verified, in a full
                     batch: see `one_pass`
-few_rows            whether a full batch's nodes are few enough for `few_rows`,
-                    and it is there to multiply them
+few_rows            whether `few_rows` multiplies a full batch's nodes, with
+                    large kernels also (with small ones it takes more)
 draft_ms            one draft alone, in a loop of nothing else (without streams,
                     and the LM head where the step reads it once for all);
                     draft_share: of a step

@@ -108,7 +108,8 @@ class Decoder:
     return one_pass.streams_on_nodes(target, self.drafter, batch) > 0
 
   def by_few_rows(self, batch: int) -> bool:
-    """Whether `few_rows` multiplies the nodes of so many requests."""
+    """Whether `few_rows` multiplies the nodes of so many requests, with large
+    kernels also."""
     target = nnx.merge(self.graphdef, self.weights).target
     rows = batch * self.drafter.num_nodes
     return rows <= few_rows.MOST and uses_few_rows(target)

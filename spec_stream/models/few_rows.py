@@ -2,8 +2,8 @@
 
 XLA's library for CPUs packs a kernel anew in each call, so that four rows take
 1.4 times as long as one although they read no more. `few_rows.cc` does not. It
-is compiled for this machine by its C++ compiler, the first time that a model is
-made ready for decoding there, and kept in the user's cache folder. The compiler
+is compiled for this machine by its C++ compiler, the first time that a decoding
+asks for it, and kept in the user's cache folder. The compiler
 is $CXX or, if that is not set, the first of c++, g++ and clang++; where there
 is none (CXX= makes it so), XLA's products stay. experiments/step_cost has the
 times of both.
@@ -26,8 +26,9 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 
-# Rows from which on XLA is as fast, for a kernel of 1 MiB and more, and for a
-# smaller one: experiments/step_cost.
+# Most rows of a kernel of SMALL bytes and more, and of a smaller one: with more
+# XLA is as fast (experiments/step_cost).
+SMALL = 2**20
 MOST, MOST_OF_SMALL = 24, 64
 
 TARGET = "spec_stream_few_rows"
@@ -48,7 +49,7 @@ _FLAGS = (
 
 def serves(x: jax.Array, kernel: jax.Array) -> bool:
   """Whether `matmul` is to multiply x [R, I] with kernel [O, I]."""
-  most = MOST if kernel.size * 4 >= 2**20 else MOST_OF_SMALL
+  most = MOST if kernel.size * 4 >= SMALL else MOST_OF_SMALL
   return (
     x.shape[0] <= most and x.dtype == kernel.dtype == jnp.float32 and is_ready()
   )
@@ -134,16 +135,14 @@ def compile_for(compiler: Sequence[str], folder: pathlib.Path) -> pathlib.Path:
 
 
 def _load(compiler: Sequence[str], folder: pathlib.Path | None):
+  load = lambda folder: ctypes.CDLL(str(compile_for(compiler, folder)))
   if folder is not None:
     try:
-      library = compile_for(compiler, folder)
-    except OSError:  # a folder that cannot be written, or a full disk
+      return load(folder).SpecStreamFewRows
+    except OSError:  # it cannot be written, or what lies there be loaded
       pass
-    else:
-      return ctypes.CDLL(str(library)).SpecStreamFewRows
   with tempfile.TemporaryDirectory() as own:  # for this process alone
-    library = compile_for(compiler, pathlib.Path(own))
-    return ctypes.CDLL(str(library)).SpecStreamFewRows
+    return load(pathlib.Path(own)).SpecStreamFewRows
 
 
 def _folder() -> pathlib.Path | None:

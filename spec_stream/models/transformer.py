@@ -378,9 +378,7 @@ def lay_out(model: Transformer) -> Transformer:
   if not on_cpu(table):
     return model
   large = lambda model: [
-    linear
-    for linear in _linears(model) + ([model.head] if model.head else [])
-    if linear.gains(dtype)
+    linear for linear in _linears(model) if linear.gains(dtype)
   ]
   tied = model.head is None and is_large(table, dtype)
   if not large(model) and model.embed.out_first == tied:
@@ -411,7 +409,7 @@ def _linears(model: Transformer):
       block.ffw.gate_up,
       block.ffw.down,
     )
-  ]
+  ] + ([model.head] if model.head else [])
 
 
 def num_params(model: nnx.Module, *kinds) -> int:
