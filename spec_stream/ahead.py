@@ -17,7 +17,6 @@ from jax.sharding import PartitionSpec as P
 from spec_stream import (
   UserError,
   decode,
-  one_pass,
   roofline,
   sampling,
   sharding,
@@ -162,7 +161,7 @@ def decoding(
 
   def folded(values):
     target = merge_lora(weights.to_model(model, values))
-    target.one_pass_rows = one_pass.most_rows(mesh.devices.flat[0].platform)
+    decode.suit(target, list(mesh.devices.flat))
     made, values = nnx.split(Params(target))
     graph.append(made)
     return values

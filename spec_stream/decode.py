@@ -22,7 +22,7 @@ from spec_stream.cache import empty
 from spec_stream.drafters.base import Drafter, Params, check_rule
 from spec_stream.drafters.streams import StreamDraft
 from spec_stream.errors import UserError
-from spec_stream.models import few_rows
+from spec_stream.models import attention, few_rows
 from spec_stream.models.lora import devices
 from spec_stream.models.transformer import (
   Transformer,
@@ -74,6 +74,14 @@ def _step(graphdef, weights, drafter, state):
   return step(nnx.merge(graphdef, weights), drafter, state)
 
 
+def suit(target: Transformer, devices):
+  """Sets what a step's program depends on beside shapes: the devices that hold
+  the weights."""
+  target.one_pass_rows = one_pass.most_rows(next(iter(devices)).platform)
+  for block in target.blocks:
+    block.attention.kernels = attention.kernels_on(devices)
+
+
 class Decoder:
   """A target and a drafter, checked against each other and ready to run.
 
@@ -90,11 +98,12 @@ class Decoder:
     target = nnx.clone(model)
     target.drafter = nnx.data(None)
     on = devices(model.embed.table[...]) or jax.devices()
-    target.one_pass_rows = one_pass.most_rows(next(iter(on)).platform)
+    suit(target, on)
     if own is None and drafter.Module is not None:
       own = model.drafter
     if isinstance(own, Transformer):
-      own = for_decoding(own)
+      own = nnx.clone(for_decoding(own))
+      suit(own, on)
     self.drafter = drafter.resolve(model.config, own)
     check_rule(self.drafter)
     self.graphdef, self.weights = nnx.split(Params(target, own))

@@ -17,6 +17,7 @@ stream, V vocabulary, A longest path (root included) = greatest depth + 1.
 """
 
 import dataclasses
+import functools
 import itertools
 
 import flax.struct
@@ -117,8 +118,8 @@ def best_first(
   A node at depth g is a choice of one candidate from each of streams 1..g; its
   probability is the product of theirs. A node is never more probable than its
   ancestors, so the `num_nodes - 1` most probable ones form a tree. Equal
-  probabilities: the shallower node first, then the one whose parent ranks
-  higher, then the better-ranked candidate.
+  probabilities: the shallower node first, then the one whose ranks, from the
+  first stream's on, come first in order.
 
   Args:
     root: [B] int32.
@@ -127,22 +128,44 @@ def best_first(
     num_nodes: M, root included.
   """
   batch, num_streams, width = log_probs.shape
-  budget = num_nodes - 1
-  # Level by level: the tree holds at most `budget` nodes of a level, and those
-  # have their parents among the `budget` best of the level above.
-  levels = []  # (score, token, index of the parent in `levels` joined) [B, n]
-  offset = 0
-  score, token = log_probs[:, 0, :budget], tokens[:, 0, :budget]
-  parent = jnp.full_like(token, -1)
-  for g in range(num_streams):
-    if g > 0:
-      joint = (score[:, :, None] + log_probs[:, g, None, :]).reshape(batch, -1)
-      before, (score, best) = offset, top(joint, budget)
-      offset += levels[-1][0].shape[1]
-      parent = (before + best // width).astype(jnp.int32)
-      token = jnp.take_along_axis(tokens[:, g], best % width, 1)
-    levels.append((score, token, parent))
+  levels, score = [], jnp.zeros((batch, 1), log_probs.dtype)
+  offset = -1  # of the level above: the root stands before them all
+  for g, (parent, rank) in enumerate(_within(num_streams, width, num_nodes)):
+    score = score[:, parent] + log_probs[:, g, rank]
+    place = jnp.broadcast_to(jnp.int32(offset + parent), score.shape)
+    levels.append((score, tokens[:, g, rank], place))
+    offset += 1 if g == 0 else len(levels[-2][0][0])
   return join(root, levels, num_nodes)
+
+
+@functools.cache
+def _within(num_streams: int, width: int, num_nodes: int):
+  """Nodes of the product that can be among the best: for each level the index
+  of its parent in the level above, and its own rank, in order of all ranks.
+
+  A node whose ranks are all as good as another's is as probable and stands
+  before it. So one with `num_nodes - 1` such before it, prod(rank + 1) at each
+  depth down to its own, can be left out: what stays grows about as M log(M)^J,
+  not as C^J.
+  """
+  levels, above = (
+    [],
+    [(1, 0)],
+  )  # product of ranks + 1, and their sum over depths
+  for _ in range(num_streams):
+    found = []
+    for parent, (product, before) in enumerate(above):
+      for rank in range(width):
+        here = product * (rank + 1)
+        if before + here > num_nodes - 1:
+          break
+        found.append((parent, rank, here, before + here))
+    if not found:
+      break
+    parents, ranks, *rest = zip(*found)
+    levels.append((np.array(parents), np.array(ranks)))
+    above = list(zip(*rest))
+  return tuple(levels)
 
 
 def join(root: jax.Array, levels, num_nodes: int) -> TokenTree:
@@ -192,12 +215,35 @@ def join(root: jax.Array, levels, num_nodes: int) -> TokenTree:
 def top(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
   """Largest k along the last axis; of equals, the one that stands first.
 
-  In two dimensions: XLA's CPU backend sorts anything of higher rank in full.
+  In two dimensions: XLA's CPU backend sorts anything of higher rank in full. On
+  a GPU it does so with more than 16 of any.
   """
-  k = min(k, x.shape[-1])
-  values, indices = jax.lax.top_k(x.reshape(-1, x.shape[-1]), k)
+  size, k = x.shape[-1], min(k, x.shape[-1])
+  rows = x.reshape(-1, size)
+  largest = lambda x: jax.lax.top_k(x, k)
+  if k > 16 and size > 64 * k:
+    values, indices = jax.lax.platform_dependent(
+      rows, cuda=functools.partial(_top_of_runs, k=k), default=largest
+    )
+  else:
+    values, indices = largest(rows)
   shape = (*x.shape[:-1], k)
   return values.reshape(shape), indices.reshape(shape)
+
+
+def _top_of_runs(x: jax.Array, k: int, run: int = 32):
+  """As `jax.lax.top_k` of x [R, V], by sorting less: the largest k lie in the k
+  runs of neighbours whose own largest are so."""
+  pad = -x.shape[1] % run
+  least = -jnp.inf
+  runs = jnp.pad(x, ((0, 0), (0, pad)), constant_values=least)
+  runs = runs.reshape(len(x), -1, run)
+  _, chosen = jax.lax.top_k(runs.max(-1), k)
+  chosen = jnp.sort(chosen, -1)  # so that equals stay in their order
+  few = jnp.take_along_axis(runs, chosen[..., None], 1)
+  values, at = jax.lax.top_k(few.reshape(len(x), -1), k)
+  which = jnp.take_along_axis(chosen, at // run, 1)
+  return values, which * run + at % run
 
 
 def from_paths(

@@ -57,16 +57,14 @@ def best_first(log_probs, tokens, num_nodes):
   with token None. Ties as documented in `tree.best_first`.
   """
   num_streams, width = np.shape(log_probs)
-  level = [((), 0.0)]  # (ranks, score), best first
+  level = [((), 0.0)]  # (ranks, score), in order of ranks
   nodes = []
   for g in range(num_streams):
-    # Stable: of equals, the better-ranked parent and candidate stand first.
     level = [
       ((*ranks, c), score + log_probs[g][c] if ranks else log_probs[g][c])
       for ranks, score in level
       for c in range(width)
     ]
-    level.sort(key=lambda node: -node[1])
     nodes += level
   nodes.sort(key=lambda node: -node[1])  # stable: the shallower first
   nodes = [((), 0.0), *nodes[: num_nodes - 1]]

@@ -135,7 +135,7 @@ def test_steps_at_each_length_of_a_large_cache(tmp_path, capsys, monkeypatch):
   for wrong, words in (
     ("--slots=100", "took a cache of 160, then"),
     ("--rounds=0", "--rounds must be"),
-    ("--kernel", "is for a TPU or a GPU"),
+    ("--attention=kernel", "is for a TPU or a GPU"),
   ):
     with pytest.raises(UserError, match=words):
       lengths.main([*args.split(), wrong])

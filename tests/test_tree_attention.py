@@ -68,7 +68,7 @@ def test_it_is_as_the_dense_form(x64, kernel, window, cap):
     x = case(*shape, "float64")
     x = slide(x, window) if window else x
     # Of the one for a GPU the slots in up to two parts.
-    more = {} if kernel is tree_attention else {"programs": 2}
+    more = {} if kernel is tree_attention else {"least": 1}
     found = kernel.attend(**x, cap=cap, block=16, interpret=True, **more)
     expected = dense(**x, window=window, cap=cap)
     np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-13)
@@ -123,8 +123,8 @@ def test_what_a_kernel_is_for():
   assert tree_attention.fits(128, 8, 80, 100, "bfloat16")
   assert not tree_attention.fits(512, 8, 80, 100, "bfloat16")
   fits = tree_attention_gpu.fits
-  assert fits(32, 4, 128, 2048, "bfloat16")
-  assert not fits(32, 4, 128, 2048, "float32")
-  assert not fits(32, 4, 256, 2048, "bfloat16")
+  assert fits(128, 4, 128, 2048, "bfloat16")
+  assert fits(32, 7, 128, 2048, "float32")
+  assert not fits(256, 4, 256, 2048, "float32")
   assert not fits(16, 4, 80, 2048, "bfloat16")  # no power of two
   assert not fits(512, 1, 128, 2048, "bfloat16")

@@ -1,7 +1,8 @@
 """Does a step's cost grow with what is committed, or with the cache's slots?
 
   python experiments/step_cost/lengths.py [--shape=86m] [--slots=0,2128]
-    [--lengths=100,500,1000,2000] [--nodes=8] [--kernel] [--out=F.jsonl]
+    [--lengths=100,500,1000,2000] [--nodes=8] [--attention=kernel|dense]
+    [--out=F.jsonl]
 
 Random prompts of each length, with room for `--room` new tokens or as many as
 the model allows, in caches of each size of `--slots` (0: what decoding gives
@@ -17,13 +18,12 @@ import time
 
 import jax
 import numpy as np
-from steps import SHAPES
+from steps import ATTENTION, SHAPES, choose_attention, random_model
 
-from spec_stream import UserError, metrics, weights
+from spec_stream import UserError, metrics
 from spec_stream.decode import Decoder
 from spec_stream.drafters.none import NoDraft
 from spec_stream.drafters.streams import StreamDraft
-from spec_stream.models import attention
 from spec_stream.models.transformer import for_decoding
 from spec_stream.text_table import table
 from spec_stream.tree import TreeSpec
@@ -60,26 +60,14 @@ def main(argv: list[str]) -> int:
   parser.add_argument("--new", type=int, default=32, help="tokens to decode")
   parser.add_argument("--room", type=int, default=1024, help="for new tokens")
   parser.add_argument("--rounds", type=int, default=5)
-  parser.add_argument(
-    "--kernel",
-    action="store_true",
-    help="read the cache by attention.KERNELS, which is off",
-  )
+  parser.add_argument("--attention", **ATTENTION)
   parser.add_argument("--out", default="", help=".jsonl file to add rows to")
   args = parser.parse_args(argv)
   if args.rounds < 1 or args.new < 2:
     raise UserError("--rounds must be 1 or more, --new 2 or more")
-  if args.kernel:
-    platform = jax.devices()[0].platform
-    platform = {"gpu": "cuda"}.get(platform, platform)
-    if platform not in attention.KERNELS:
-      raise UserError(
-        f"--kernel is for a TPU or a GPU, and this is a {platform}"
-      )
-    attention.KERNEL_ON = (platform,)
+  choose_attention(args.attention)
   config = SHAPES[args.shape]
-  model = weights.to_model(config, jax.jit(lambda: weights.init(config, 0))())
-  model = for_decoding(model)
+  model = for_decoding(random_model(config))
   methods = {
     "plain": Decoder(model, NoDraft()),
     f"{args.nodes} nodes": Decoder(
@@ -111,7 +99,7 @@ def main(argv: list[str]) -> int:
   rows = [
     {
       "shape": args.shape,
-      "kernel": args.kernel,
+      "attention": args.attention,
       "method": name,
       "slots": slots,
       "length": length,

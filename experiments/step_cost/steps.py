@@ -2,7 +2,7 @@
 
   python experiments/step_cost/steps.py [--shape=86m] [--nodes=4,8,16]
     [--lengths=100] [--batch=1] [--kept=0] [--one_pass_rows=N] [--xla]
-    [--stages] [--out=F.jsonl]
+    [--attention=kernel|dense] [--stages] [--out=F.jsonl]
 
 A model of random weights decodes random prompts, plainly and with drafts, in
 turns within one process (`spec_stream.bench`): what a step costs does not
@@ -16,6 +16,7 @@ import dataclasses
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from spec_stream import (
@@ -29,7 +30,7 @@ from spec_stream import (
   weights,
 )
 from spec_stream.drafters.streams import StreamDraft
-from spec_stream.models import few_rows
+from spec_stream.models import attention, few_rows
 from spec_stream.models.config import ModelConfig, StreamConfig
 from spec_stream.models.prune import Prune
 from spec_stream.models.transformer import for_decoding
@@ -85,6 +86,44 @@ SHAPES = {
 }
 
 
+ATTENTION = dict(
+  default="",
+  choices=("kernel", "dense"),
+  help="how the cache is read, if not as attention.KERNEL_ON says",
+)
+
+
+def choose_attention(way: str):
+  """For models that are made ready after this; way: of `ATTENTION`."""
+  if way == "dense":
+    attention.KERNEL_ON = ()
+  elif way == "kernel":
+    attention.KERNEL_ON = tuple(attention.KERNELS)
+    if not attention.kernels_on(jax.devices()[:1]):
+      platform = jax.devices()[0].platform
+      raise UserError(
+        f"--attention=kernel is for a TPU or a GPU, and this is a {platform}"
+      )
+
+
+def random_model(config: ModelConfig):
+  """Weights of random values, made shape by shape: of `weights.init` as one
+  program a GPU's compiler makes a minute and a half at 7B."""
+  normal = jax.jit(
+    lambda seed, shape, dtype: (
+      0.02 * jax.random.normal(jax.random.key(seed), shape, dtype)
+    ),
+    static_argnums=(1, 2),
+  )
+  made = {
+    path: normal(seed, x.shape, x.dtype)
+    if len(x.shape) > 1
+    else jnp.full(x.shape, path.endswith("scale"), x.dtype)
+    for seed, (path, x) in enumerate(weights.shapes(config).items())
+  }
+  return weights.to_model(config, made)
+
+
 def measure(model, prompts, drafters, settings, with_stages) -> list[dict]:
   """Rows of `bench`, with what `limits` knows of a step."""
   model = for_decoding(model)  # once, not for each method
@@ -113,6 +152,7 @@ def main(argv: list[str]) -> int:
     action="store_true",
     help="XLA's products on a CPU, also where few_rows could serve",
   )
+  parser.add_argument("--attention", **ATTENTION)
   parser.add_argument("--new", type=int, default=48, help="tokens to decode")
   parser.add_argument("--prompts", type=int, default=5)
   parser.add_argument(
@@ -122,11 +162,12 @@ def main(argv: list[str]) -> int:
   args = parser.parse_args(argv)
   if args.one_pass_rows is not None:
     one_pass.most_rows = lambda platform: args.one_pass_rows
+  choose_attention(args.attention)
   if args.xla:
     few_rows.is_ready = lambda: False
   numbers = lambda text: [int(x) for x in text.split(",")]
   config = SHAPES[args.shape]
-  model = weights.to_model(config, jax.jit(lambda: weights.init(config, 0))())
+  model = random_model(config)
   drafters = [
     StreamDraft(TreeSpec("best_first", nodes), prune=Prune(kept))
     for nodes in numbers(args.nodes)

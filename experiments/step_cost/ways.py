@@ -69,7 +69,8 @@ def main(argv: list[str]) -> int:
     drafter = NoDraft()
     if nodes > 1:
       drafter = StreamDraft(TreeSpec("best_first", nodes))
-    for way, attention.KERNEL_ON in ways.items():
+    for way, kernels in ways.items():
+      attention.kernels_on = lambda devices, kernels=kernels: kernels
       jax.clear_caches()  # what was traced with the last way
       begin = time.monotonic()
       _, loop, _, state, _ = ahead.decoding(

@@ -37,11 +37,19 @@ from spec_stream.models.scores import joined, scores
 from spec_stream.models.segments import SegmentRows
 
 # Kernels that read the cache, and the platforms where they do so: those where
-# they measured faster. None was measured yet; experiments/step_cost tries them.
-# Each is of one device: XLA cannot split it over a mesh. What was compiled
-# before a change stays as it was until `jax.clear_caches`.
+# they measured faster (experiments/gpu). The one for a TPU was not measured.
 KERNELS = {"tpu": "tree_attention", "cuda": "tree_attention_gpu"}
-KERNEL_ON: tuple[str, ...] = ()
+KERNEL_ON: tuple[str, ...] = ("cuda",)
+
+
+def kernels_on(devices) -> tuple[str, ...]:
+  """Platforms (none or one) whose kernel is to read the cache of a model that
+  lies on `devices`: of one device alone, for XLA cannot split a kernel."""
+  if len(devices) != 1:
+    return ()
+  platform = next(iter(devices)).platform
+  platform = {"gpu": "cuda"}.get(platform, platform)
+  return tuple(on for on in KERNEL_ON if on == platform)
 
 
 @flax.struct.dataclass
@@ -148,6 +156,8 @@ def at_rows(x: jax.Array, at: jax.Array) -> jax.Array:
 class Attention(nnx.Module):
   """Grouped-query attention with rotary positions over `Rows`."""
 
+  kernels: tuple[str, ...] = ()  # see `kernels_on`
+
   def __init__(self, config: ModelConfig, *, lora_rank: int, rngs: nnx.Rngs):
     self.config = config
     heads = (config.num_kv_heads, config.groups)
@@ -174,7 +184,7 @@ class Attention(nnx.Module):
     if `rows.old` alone says it.
     """
     config, num_main = self.config, rows.num_main
-    groups, cap = config.groups, config.attention_softcap
+    groups = config.groups
     with jax.named_scope("qkv"):
       qkv = self.qkv(x, adapt_from)  # [B, R, K, G+2, H]
       qk = qkv[:, :, :, :-1]
@@ -195,24 +205,23 @@ class Attention(nnx.Module):
       v = v.swapaxes(1, 2)  # [B, K, R, H]
     with jax.named_scope("attend"):
       if isinstance(rows, SegmentRows):
-        y = segments.attend(q, k, v, rows, cap)
+        y = segments.attend(q, k, v, rows, config.attention_softcap)
       else:
-        y = _attend(q, k, v, rows, cache, length, cap)
+        y = self._attend(q, k, v, rows, cache, length)
     with jax.named_scope("out"):
       y = self.out(jnp.moveaxis(y, 1, 2), adapt_from)
     return y, (k[..., :num_main], v[:, :, :num_main])
 
-
-def _attend(q, k, v, rows: Rows, cache, length, cap: float):
-  """q [B, K, R, G, H], k [B, K, H, R], v [B, K, R, H] -> y like q."""
-  args = (q, k, v, rows, cache, length)
-  default = functools.partial(_dense, cap)
-  if cache is None or length is None:
-    return default(*args)
-  ways = {
-    on: functools.partial(_by_kernel, KERNELS[on], cap) for on in KERNEL_ON
-  }
-  return jax.lax.platform_dependent(*args, default=default, **ways)
+  def _attend(self, q, k, v, rows: Rows, cache, length):
+    """q [B, K, R, G, H], k [B, K, H, R], v [B, K, R, H] -> y like q."""
+    args, cap = (q, k, v, rows, cache, length), self.config.attention_softcap
+    default = functools.partial(_dense, cap)
+    if cache is None or length is None or not self.kernels:
+      return default(*args)
+    ways = {
+      on: functools.partial(_by_kernel, KERNELS[on], cap) for on in self.kernels
+    }
+    return jax.lax.platform_dependent(*args, default=default, **ways)
 
 
 def _dense(cap: float, q, k, v, rows: Rows, cache, length):
