@@ -71,11 +71,18 @@ def commit(
     path: [B, A] indices into T, or None for 0..T-1.
     count: [B] entries that count; the slots after them stay unread.
   """
-  write = lambda axis: jax.vmap(
-    lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(
-      old, new.astype(old.dtype), at, axis
+
+  def write(axis):
+    """Of the axis of a row's slots."""
+    update = jax.lax.dynamic_update_slice_in_dim
+    if len(cache.length) == 1:  # else XLA reads the slots first, and selects
+      return lambda old, new, at: update(
+        old, new.astype(old.dtype), at[0], axis + 1
+      )
+    return jax.vmap(
+      lambda old, new, at: update(old, new.astype(old.dtype), at, axis)
     )
-  )
+
   new = kv if path is None else take(kv, path)
   layers = tuple(
     (write(2)(k, new_k, cache.length), write(1)(v, new_v, cache.length))

@@ -21,13 +21,15 @@ _SCOPE = re.compile(
 def scopes(program: hlo.Program) -> dict[str, str]:
   """{instruction: its scope}; of one that the compiler left without a name that
   of the first that reads it."""
-  found = {}
+  found = {}  # a kernel of Pallas has the name that it was given, beside
   for inside in program.computations.values():
     for i in reversed(inside.values()):  # what reads comes after
       path = re.search(r'op_name="([^"]*)"', i.rest)
       match = _SCOPE.search(path[1]) if path else None
       if match:
         found[i.name] = match[1]
+        if path[1].endswith("/pallas_call"):
+          found[path[1].split("/")[-2]] = match[1]
       for name in i.operands if i.name in found else ():
         if name in inside and "op_name=" not in inside[name].rest:
           found[name] = found[i.name]
@@ -56,6 +58,7 @@ def milliseconds(
   state = start()
   program = hlo.Program(decoder.lower(state).compile().as_text())
   scope, around = scopes(program), _around(program)
+  kernels = {_kernel(name): found for name, found in scope.items()}
   total = collections.Counter()
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder):
@@ -63,10 +66,17 @@ def milliseconds(
     paths = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
     if not paths:
       raise UserError("the profiler wrote no trace: is it allowed here?")
-    for op, nanoseconds in _operations(paths[0]):
+    for op, kernel, nanoseconds in _operations(paths[0]):
       if op not in around:
-        total[scope.get(op, "rest")] += nanoseconds
+        name = scope.get(op) or kernels.get(kernel, "rest")
+        total[name] += nanoseconds
   return {name: ns / 1e6 / steps for name, ns in total.items()}
+
+
+def _kernel(instruction: str) -> str:
+  """The name that XLA gives an instruction's kernel on a GPU; instructions that
+  are alike share one."""
+  return re.sub(r"\W", "_", instruction)
 
 
 def _around(program: hlo.Program) -> set[str]:
@@ -80,15 +90,15 @@ def _around(program: hlo.Program) -> set[str]:
 
 
 def _operations(path: str):
-  """(instruction, nanoseconds) of each that a trace has; of a device's own
-  clock where there is one."""
+  """(instruction, its kernel, nanoseconds) of each that a trace has; of a
+  device's own clock where there is one. Of what a GPU runs as one graph the
+  instruction is the graph's."""
   found = {"/device:": [], "": []}
   for plane in jax.profiler.ProfileData.from_file(path).planes:
     kind = "/device:" if plane.name.startswith("/device:") else ""
     for line in plane.lines:
       for event in line.events:
-        # Its own name may be that of a kernel.
         op = dict(event.stats).get("hlo_op")
         if op:
-          found[kind].append((op, event.duration_ns))
+          found[kind].append((op, event.name, event.duration_ns))
   return found["/device:"] or found[""]

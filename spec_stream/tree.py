@@ -220,7 +220,7 @@ def top(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
   """
   size, k = x.shape[-1], min(k, x.shape[-1])
   rows = x.reshape(-1, size)
-  largest = lambda x: jax.lax.top_k(x, k)
+  largest = lambda x: tuple(jax.lax.top_k(x, k))
   if k > 16 and size > 64 * k:
     values, indices = jax.lax.platform_dependent(
       rows, cuda=functools.partial(_top_of_runs, k=k), default=largest

@@ -37,9 +37,9 @@ LEAST = 8  # blocks of a part: fewer are not worth joining parts
 
 def fits(rows: int, groups: int, size: int, slots: int, dtype) -> bool:
   """Whether the kernel is for such shapes."""
-  if size & (size - 1) or min(size, slots) < 16 or rows > LARGEST:
+  if size & (size - 1) or size < 16 or slots % 16 or rows > LARGEST:
     return False
-  # Keys, values and queries of a program in a processor's registers.
+  # Keys, or values, and queries of a program, which its registers hold.
   held = max(_padded(rows), BLOCK) + max(TILE, _padded(groups, 1))
   return held * size * jnp.dtype(dtype).itemsize <= 2**17
 
@@ -73,68 +73,31 @@ def attend(
   wider = _padded(groups, 1)  # groups, filled up
   high = max(16 // wider, min(TILE // wider, _padded(rows)), 1)  # of a tile
   tiles = pl.cdiv(rows, high)
-  block = min(block, 1 << (slots.bit_length() - 1))
+  block = min(block, pl.next_power_of_2(slots))
   blocks = pl.cdiv(slots, block)
   parts = min(pl.cdiv(programs, batch * heads * tiles), blocks // least)
   per = pl.cdiv(blocks, max(parts, 1))  # blocks of a part
   parts = pl.cdiv(blocks, per)
-  dtype, many = wide(q.dtype), _padded(rows)
-  fill = lambda x, *shape: jnp.pad(
-    x, [(0, new - old) for new, old in zip(shape, x.shape)]
-  )
-  # As the projection left them, row by row: no copy in another order is made.
-  queries = q.swapaxes(1, 2)  # [B, R, K, G, H]
-  queries = fill(queries, batch, tiles * high, heads, wider, size)
-  own = (jnp.moveaxis(k, 3, 1), v.swapaxes(1, 2))  # [B, R, K, H]
-  own = [fill(x, batch, many, heads, size) for x in own]
-  spec = lambda shape, at: pl.BlockSpec(shape, at)
-  new = spec((None, many, None, size), lambda b, h, t, p: (b, 0, h, 0))
+  # One array, row by row, as the projection left them: the rotation before and
+  # this are one kernel of XLA's.
+  k, v = jnp.moveaxis(k, 3, 1), v.swapaxes(1, 2)  # [B, R, K, H]
+  new = jnp.concatenate([q.swapaxes(1, 2), k[..., None, :], v[..., None, :]], 3)
   if parts == 1:
-    out_shape = (batch, rows, heads, groups, size)
-    out = jax.ShapeDtypeStruct(out_shape, q.dtype)
-    out_specs = spec(
-      (None, high, None, wider, size), lambda b, h, t, p: (b, t, h, 0, 0)
-    )
+    out = jax.ShapeDtypeStruct((batch, rows, heads, groups, size), q.dtype)
   else:
-    part = (batch, heads, parts, tiles * high * wider)
+    shape = (batch, heads, parts, tiles * high * wider)
     out = tuple(
-      jax.ShapeDtypeStruct((*part, *more), dtype) for more in ((size,), (), ())
-    )
-    at = lambda b, h, t, p: (b, h, p, t)
-    one = (None, None, None, high * wider)
-    out_specs = (
-      spec((*one, size), lambda *i: (*at(*i), 0)),
-      spec(one, at),
-      spec(one, at),
+      jax.ShapeDtypeStruct((*shape, *more), wide(q.dtype))
+      for more in ((size,), (), ())
     )
   found = pl.pallas_call(
-    functools.partial(
-      _kernel, rows=rows, groups=groups, block=block, per=per, cap=cap
-    ),
+    functools.partial(_kernel, high=high, block=block, per=per, cap=cap),
     out_shape=out,
     grid=(batch, heads, tiles, parts),
-    in_specs=[
-      spec((None,), lambda b, h, t, p: (b,)),
-      spec((None, high), lambda b, h, t, p: (b, t)),
-      spec((None, high, many), lambda b, h, t, p: (b, t, 0)),
-      spec((None, high, None, wider, size), lambda b, h, t, p: (b, t, h, 0, 0)),
-      new,
-      new,
-      spec((None, None, size, slots), lambda b, h, t, p: (b, h, 0, 0)),
-      spec((None, None, slots, size), lambda b, h, t, p: (b, h, 0, 0)),
-    ],
-    out_specs=out_specs,
     compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
     interpret=interpret,
     name="tree_attention",
-  )(
-    length,
-    fill(first, batch, tiles * high),
-    fill(mask.astype(jnp.int32), batch, tiles * high, many),
-    queries,
-    *own,
-    *cache,
-  )
+  )(length, first, mask.astype(jnp.int32), new, *cache)
   if parts == 1:
     return found.swapaxes(1, 2)
   y = _joined(*found).reshape(batch, heads, tiles * high, wider, size)
@@ -142,36 +105,48 @@ def attend(
 
 
 def _kernel(
-  length,
-  first,
-  mask,
-  q,
-  k,
-  v,
-  keys,
-  values,
-  y,
-  *rest,
-  rows,
-  groups,
-  block,
-  per,
-  cap,
+  length, first, mask, new, keys, values, y, *rest, high, block, per, cap
 ):
   """One part of the slots for one tile of rows of one key/value head.
 
-  Without `rest` what it finds is y. Else that is not divided by the sum yet,
-  and rest are the maximum and the sum.
+  new: [B, R, K, G + 2, H]. Without `rest` what it finds is y. Else that is not
+  divided by the sum yet, and rest are the maximum and the sum.
   """
-  part, count, slots = pl.program_id(3), length[...], keys.shape[1]
-  high, wider, size = q.shape
-  many = high * wider
-  queries = q[...].reshape(many, size)
+  b, h, tile, part = (pl.program_id(axis) for axis in range(4))
+  rows, slots = new.shape[1], keys.shape[3]
+  groups, size = new.shape[3] - 2, new.shape[4]
+  wider, others = _padded(groups, 1), _padded(rows)
+  many = high * wider  # N
+  dtype, iota = wide(new.dtype), jax.lax.broadcasted_iota
+  here, row = (
+    pl.ds(tile * high, high),
+    tile * high + iota(jnp.int32, (high,), 0),
+  )
+  shape = (high, wider, size)
+  is_query = tile * high + iota(jnp.int32, shape, 0) < rows
+  is_query &= iota(jnp.int32, shape, 1) < groups
+  # What Triton would read beyond an array's end is masked. All starts are of
+  # one type, which the interpreter asks for.
+  zero = jnp.zeros((), jnp.int32)
+  to, all_of = functools.partial(pl.ds, zero), pl.ds(zero, size)
+  some = lambda x, mask: triton.load(x, mask=mask, other=0)
+  queries = some(new.at[b, here, h, to(wider), all_of], is_query)
+  queries = queries.reshape(many, size)
+  is_row = iota(jnp.int32, (others, 1, size), 0) < rows
+  each_row = lambda at: some(new.at[b, to(others), h, at, all_of], is_row)
+  k, v = (
+    each_row(pl.ds(zero + (groups + i), 1)).reshape(others, size)
+    for i in (0, 1)
+  )
+  pair = (high, others)
+  is_pair = tile * high + iota(jnp.int32, pair, 0) < rows
+  is_pair &= iota(jnp.int32, pair, 1) < rows
+  sees = some(mask.at[b, here, to(others)], is_pair) * (part == 0)
   # By tile of rows, the query heads of each below each other.
   each = lambda x: jnp.broadcast_to(
     x[:, None], (high, wider, *x.shape[1:])
   ).reshape(many, *x.shape[1:])
-  firsts, dtype = each(first[...]), wide(queries.dtype)
+  firsts, count = each(some(first.at[b, here], row < rows)), length[b]
 
   def join(carry, scores, seen, v):
     """scores, seen: [N, n]; v [n, H]."""
@@ -184,14 +159,16 @@ def _kernel(
     return high, total * keep + weights.sum(1), acc
 
   def slots_at(i, carry):
-    at = jnp.minimum(i * block, slots - block)  # the last may overlap
-    slot = at + jax.lax.iota(jnp.int32, block)
-    fresh = (slot >= i * block) & (slot < count)
-    seen = fresh[None] & (slot[None] >= firsts[:, None])
-    k = keys[:, pl.ds(at, block)].astype(queries.dtype)
+    at = pl.ds(i * block, block)
+    slot = i * block + iota(jnp.int32, (block,), 0)
+    seen = (slot[None] >= firsts[:, None]) & (slot < count)[None]
+    # The mask of keys is known beforehand, so that they are read eight at once.
+    there = i * block + iota(jnp.int32, (size, block), 1) < slots
+    k = some(keys.at[b, h, all_of, at], there).astype(queries.dtype)
     scores = jax.lax.dot(queries, k, preferred_element_type=dtype)
     # Anything may lie beyond the length.
-    v = jnp.where(fresh[:, None], values[pl.ds(at, block), :], 0)
+    there = i * block + iota(jnp.int32, (block, size), 0) < count
+    v = some(values.at[b, h, at, all_of], there)
     return join(carry, scores, seen, v.astype(queries.dtype))
 
   carry = (
@@ -200,19 +177,18 @@ def _kernel(
     jnp.zeros((many, size), dtype),
   )
   scores = jax.lax.dot_general(
-    queries, k[...], (((1,), (1,)), ((), ())), preferred_element_type=dtype
+    queries, k, (((1,), (1,)), ((), ())), preferred_element_type=dtype
   )
-  carry = join(carry, scores, each(mask[...] * (part == 0)) > 0, v[...])
+  carry = join(carry, scores, each(sees) > 0, v)
   used = jax.lax.div(count + (block - 1), jnp.int32(block))
   end = jnp.minimum((part + 1) * per, used)
   top, total, acc = jax.lax.fori_loop(part * per, end, slots_at, carry)
   if rest:
-    y[...], rest[0][...], rest[1][...] = acc, top, total
+    at = (b, h, part, pl.ds(tile * many, many))
+    y[at], rest[0][at], rest[1][at] = acc, top, total
     return
-  iota = functools.partial(jax.lax.broadcasted_iota, jnp.int32, q.shape)
-  real = (pl.program_id(2) * high + iota(0) < rows) & (iota(1) < groups)
-  acc = (acc / total[:, None]).astype(y.dtype).reshape(q.shape)
-  triton.store(y.at[...], acc, mask=real)
+  acc = (acc / total[:, None]).astype(y.dtype).reshape(shape)
+  triton.store(y.at[b, here, h, to(wider), all_of], acc, mask=is_query)
 
 
 def _joined(y, top, total):
