@@ -26,7 +26,7 @@ if [ -n "$(ls -A "$out")" ]; then
 fi
 cd "$here" || exit 1
 python=${PYTHON:-python3}
-export PYTHONUNBUFFERED=1 PYTHONPATH=$here
+export PYTHONUNBUFFERED=1 PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
 export XLA_PYTHON_CLIENT_PREALLOCATE=${XLA_PYTHON_CLIENT_PREALLOCATE:-false}
 failed=0 deadline=$(($(date +%s) + 540))
 
@@ -97,13 +97,17 @@ if [ "$wanted" = any ]; then
     --config.data.stream_positions=96
   nodes=4 prompts=2
 else
-  stage tests 90 env JAX_PLATFORMS=cuda,cpu XLA_FLAGS= \
-    "$python" -m pytest -q -m gpu tests/test_gpu.py
-  steps steps-1b 75 1b 4,8,16,32 --prompts=3
-  steps steps-7b 110 7b 8,32 --prompts=3
+  # Programs of tests are many and small: to tune each would take minutes.
+  workers=()
+  "$python" -c 'import xdist' 2>/dev/null && workers=(-n 4)
+  stage tests 120 env JAX_PLATFORMS=cuda,cpu \
+    XLA_FLAGS=--xla_gpu_autotune_level=0 \
+    "$python" -m pytest -q "${workers[@]}" -m gpu tests/test_gpu.py
+  steps steps-7b 110 7b 8,32 --prompts=3 --new=64
+  steps steps-1b 70 1b 8,32 --prompts=3 --new=64
   if timeout 20 "$python" -c 'import torch, transformers
 assert torch.cuda.is_available()' 2>/dev/null; then
-    stage transformers 40 "$python" experiments/step_cost/huggingface.py
+    stage transformers 45 "$python" experiments/step_cost/huggingface.py
   else
     echo "== transformers: not installed for this GPU, left out"
   fi
@@ -112,17 +116,16 @@ assert torch.cuda.is_available()' 2>/dev/null; then
     --config.model.ffw_dim=2816 --config.model.num_heads=16 \
     --config.model.num_kv_heads=8 --config.train.learning_rate=1e-3 \
     --config.data.batch_size=16 --config.model.dtype=bfloat16
-  nodes=4,8,16,32 prompts=32
+  nodes=4,16 prompts=32
 fi
-stage benchmark 80 "$python" launch/benchmark.py --workdir="$out/run" \
+stage benchmark 90 "$python" launch/benchmark.py --workdir="$out/run" \
   --drafters=none,streams --tree_nodes="$nodes" --prompts="$prompts" --roofline
 if [ -f "$out/run/results.jsonl" ]; then
   cp "$out/run/results.jsonl" "$out/results.jsonl"
 fi
 if [ "$wanted" = gpu ]; then # if there is time
   lengths lengths 45 1b 100,1000 16 --rounds=3
-  lengths lengths-kernel 45 1b 100,1000 16 --rounds=3 --kernel
-  steps steps-1b-long 60 1b 16 --prompts=2 --lengths=1000
+  lengths lengths-dense 45 1b 100,1000 16 --rounds=3 --attention=dense
 fi
 cat "$out/stages.jsonl"
 exit "$failed"

@@ -239,7 +239,10 @@ def _dense(cap: float, q, k, v, rows: Rows, cache, length):
 
 def _by_kernel(name: str, cap: float, q, k, v, rows: Rows, cache, length):
   # Only where it is used: Pallas is slow to import.
-  kernel = importlib.import_module(f"spec_stream.models.{name}")
+  try:
+    kernel = importlib.import_module(f"spec_stream.models.{name}")
+  except ImportError:  # jax.experimental, which later releases may part with
+    return _dense(cap, q, k, v, rows, cache, length)
   # A prompt's chunk may be too much.
   fits = kernel.fits(*q.shape[2:], cache[0].shape[3], q.dtype)
   if rows.old is not None or not fits:  # a mask of its own for every row

@@ -29,10 +29,10 @@ from spec_stream.models.layers import softcap, wide
 from spec_stream.models.scores import NEVER
 
 BLOCK = 64  # slots
-TILE = 32  # N, or the least that holds one row
+TILE = 32  # N, or the least that holds one row; half where programs are few
 LARGEST = 256  # new rows, whose keys a program reads at once
-PROGRAMS = 128  # to split the slots for: about as many as processors
-LEAST = 8  # blocks of a part: fewer are not worth joining parts
+PROGRAMS = 128  # about as many as processors: more parts, or tiles, for them
+LEAST = 4  # blocks of a part: fewer are not worth joining parts
 
 
 def fits(rows: int, groups: int, size: int, slots: int, dtype) -> bool:
@@ -65,13 +65,15 @@ def attend(
 ) -> jax.Array:
   """-> [B, K, R, G, H]; arguments as of `tree_attention.attend`.
 
-  programs: least number of them to split the slots for, into parts of `least`
-  blocks or more.
+  programs: number of them to split rows and slots for, the slots into parts of
+  `least` blocks or more.
   """
   batch, heads, rows, groups, size = q.shape
   slots = cache[0].shape[3]
   wider = _padded(groups, 1)  # groups, filled up
-  high = max(16 // wider, min(TILE // wider, _padded(rows)), 1)  # of a tile
+  some = batch * heads * pl.cdiv(rows * wider, TILE) < programs
+  tile = TILE // 2 if some else TILE
+  high = max(16 // wider, min(tile // wider, _padded(rows)), 1)  # of a tile
   tiles = pl.cdiv(rows, high)
   block = min(block, pl.next_power_of_2(slots))
   blocks = pl.cdiv(slots, block)
