@@ -21,18 +21,31 @@ _SCOPE = re.compile(
 def scopes(program: hlo.Program) -> dict[str, str]:
   """{instruction: its scope}; of one that the compiler left without a name that
   of the first that reads it."""
-  found = {}  # a kernel of Pallas has the name that it was given, beside
+  found = {}
   for inside in program.computations.values():
     for i in reversed(inside.values()):  # what reads comes after
       path = re.search(r'op_name="([^"]*)"', i.rest)
       match = _SCOPE.search(path[1]) if path else None
       if match:
         found[i.name] = match[1]
-        if path[1].endswith("/pallas_call"):
-          found[path[1].split("/")[-2]] = match[1]
       for name in i.operands if i.name in found else ():
         if name in inside and "op_name=" not in inside[name].rest:
           found[name] = found[i.name]
+  return found
+
+
+def kernels(program: hlo.Program, scope: dict[str, str]) -> dict[str, str]:
+  """{a GPU's kernel: its scope}, for traces that name no instruction.
+
+  XLA names a kernel as the instruction, and one for all that are alike; Pallas
+  as it was told. Those of libraries (cuBLAS) are not known.
+  """
+  found = {re.sub(r"\W", "_", name): scope[name] for name in scope}
+  for inside in program.computations.values():
+    for i in inside.values():
+      told = re.search(r"/(\w+)/pallas_call\"", i.rest)
+      if told and i.name in scope:
+        found[told[1]] = scope[i.name]
   return found
 
 
@@ -58,7 +71,7 @@ def milliseconds(
   state = start()
   program = hlo.Program(decoder.lower(state).compile().as_text())
   scope, around = scopes(program), _around(program)
-  kernels = {_kernel(name): found for name, found in scope.items()}
+  of_kernel = kernels(program, scope)
   total = collections.Counter()
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder):
@@ -68,15 +81,8 @@ def milliseconds(
       raise UserError("the profiler wrote no trace: is it allowed here?")
     for op, kernel, nanoseconds in _operations(paths[0]):
       if op not in around:
-        name = scope.get(op) or kernels.get(kernel, "rest")
-        total[name] += nanoseconds
+        total[scope.get(op) or of_kernel.get(kernel, "rest")] += nanoseconds
   return {name: ns / 1e6 / steps for name, ns in total.items()}
-
-
-def _kernel(instruction: str) -> str:
-  """The name that XLA gives an instruction's kernel on a GPU; instructions that
-  are alike share one."""
-  return re.sub(r"\W", "_", instruction)
 
 
 def _around(program: hlo.Program) -> set[str]:

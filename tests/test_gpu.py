@@ -20,6 +20,7 @@ from spec_stream import (
   bench_rows,
   generate,
   hlo,
+  tree,
   weights,
 )
 from spec_stream.decode import Decoder
@@ -77,6 +78,7 @@ SHAPES = [  # dtype, rows, groups, size, window, cap, programs
   ("float32", 16, 4, 128, 0, 5.0, 8),  # as many queries as there may be
   ("bfloat16", 1, 1, 128, 0, 0.0, 8),  # two blocks and more a program
   ("bfloat16", 32, 4, 128, 200, 0.0, 8),
+  ("bfloat16", 12, 3, 64, 0, 0.0, 128),  # no power of two
 ]
 
 
@@ -113,6 +115,15 @@ def test_the_kernel_changes_no_token(monkeypatch):
   fast = generate(model, prompts, tree, **options)
   jax.clear_caches()
   assert [x.token_ids for x in fast] == [x.token_ids for x in plain]
+
+
+def test_the_largest_of_many():
+  rng = np.random.default_rng(0)
+  x = np.round(4 * rng.normal(size=(3, 32000))).astype("float32")  # many alike
+  values, indices = jax.jit(lambda x: tree.top(x, 31))(x)
+  expected = np.argsort(-x, -1, kind="stable")[:, :31]
+  np.testing.assert_array_equal(indices, expected)
+  np.testing.assert_array_equal(values, np.take_along_axis(x, expected, 1))
 
 
 @pytest.mark.parametrize("nodes", [1, 6])

@@ -36,6 +36,23 @@ def test_an_operation_without_a_name_is_of_what_reads_it():
   }
 
 
+def test_a_kernel_of_a_gpu_is_of_its_instruction():
+  text = """
+%body (s: f32[4]) -> f32[4] {
+  %s = f32[4]{0} parameter(0)
+  %a.1 = f32[4]{0} add(%s, %s), metadata={op_name="x/while/body/accept/add"}
+  ROOT %p.2 = f32[4]{0} abs(%a.1), metadata={op_name="x/while/body/KERNEL"}
+}
+""".replace("KERNEL", "verify/attend/tree_attention/pallas_call")
+  program = hlo.Program(text)
+  assert stages.kernels(program, stages.scopes(program)) == {
+    "s": "accept",
+    "a_1": "accept",
+    "p_2": "verify/attend",
+    "tree_attention": "verify/attend",
+  }
+
+
 def test_time_goes_to_the_scope_of_what_it_was_spent_for():
   config = dataclasses.replace(tiny.MODEL, vocab_size=64)
   model = weights.to_model(config, weights.init(config, 0))

@@ -88,6 +88,34 @@ def test_best_first_is_the_best_of_the_product(
   run()
 
 
+@pytest.mark.parametrize("size", [65, 992, 1000])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_largest_lie_in_the_runs_of_the_largest(size, tied):
+  x = np.random.default_rng(size).normal(size=(3, size)).astype(np.float32)
+  x = np.round(x) if tied else x
+  expected = np.argsort(-x, -1, kind="stable")[:, :17]
+  values, indices = tree._top_of_runs(jnp.asarray(x), 17, run=2)
+  np.testing.assert_array_equal(indices, expected)
+  np.testing.assert_array_equal(values, np.take_along_axis(x, expected, 1))
+
+
+@pytest.mark.parametrize(
+  ("num_streams", "width", "num_nodes"), [(1, 9, 4), (3, 7, 8), (5, 63, 64)]
+)
+def test_what_best_first_leaves_out(num_streams, width, num_nodes):
+  """Nodes with as many that stand before them whatever the probabilities."""
+  levels = tree._within(num_streams, width, num_nodes)
+  above = [()]
+  for parents, ranks in levels:
+    above = [(*above[p], r) for p, r in zip(parents, ranks, strict=True)]
+    for path in above:
+      sizes = np.cumprod([1 + rank for rank in path])
+      assert sizes.sum() <= num_nodes - 1
+  # The chain of first candidates is as long as the streams and nodes allow.
+  assert len(levels) == min(num_streams, num_nodes - 1)
+  assert len(levels[0][0]) == min(width, num_nodes - 1)
+
+
 def test_best_first_needs_candidates_enough():
   log_probs, tokens = streams(np.random.default_rng(0), 2, 2)
   roots = np.zeros(BATCH, np.int32)

@@ -57,7 +57,7 @@ def test_it_is_as_the_dense_form(x64, kernel, window, cap):
     st.sampled_from([1, 3]),
     st.sampled_from([1, 2]),
     st.sampled_from([1, 5]),
-    st.sampled_from([1, 2]),
+    st.sampled_from([1, 2, 3]),
     st.just(4),
     st.sampled_from([8, 40, 48]),
   )
@@ -117,6 +117,15 @@ def test_the_one_for_a_gpu_is_lowered_to_triton():
     disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(call)],
   )(x)
   assert call in lowered.mlir_module()
+
+
+def test_a_kernel_is_of_one_device(monkeypatch):
+  monkeypatch.setattr(attention, "KERNEL_ON", ("cuda", "cpu"))
+  (device,) = jax.devices()[:1]
+  assert attention.kernels_on([device]) == ("cpu",)
+  assert attention.kernels_on([device, device]) == ()
+  monkeypatch.setattr(attention, "KERNEL_ON", ("cuda",))
+  assert attention.kernels_on([device]) == ()
 
 
 def test_what_a_kernel_is_for():

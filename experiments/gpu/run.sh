@@ -104,10 +104,10 @@ else
     XLA_FLAGS=--xla_gpu_autotune_level=0 \
     "$python" -m pytest -q "${workers[@]}" -m gpu tests/test_gpu.py
   steps steps-7b 110 7b 8,32 --prompts=3 --new=64
-  steps steps-1b 70 1b 8,32 --prompts=3 --new=64
+  steps steps-1b 100 1b 8,32 --prompts=3 --new=64
   if timeout 20 "$python" -c 'import torch, transformers
 assert torch.cuda.is_available()' 2>/dev/null; then
-    stage transformers 45 "$python" experiments/step_cost/huggingface.py
+    stage transformers 90 "$python" experiments/step_cost/huggingface.py
   else
     echo "== transformers: not installed for this GPU, left out"
   fi
@@ -124,8 +124,8 @@ if [ -f "$out/run/results.jsonl" ]; then
   cp "$out/run/results.jsonl" "$out/results.jsonl"
 fi
 if [ "$wanted" = gpu ]; then # if there is time
-  lengths lengths 45 1b 100,1000 16 --rounds=3
-  lengths lengths-dense 45 1b 100,1000 16 --rounds=3 --attention=dense
+  lengths lengths 75 1b 100,1000 16 --rounds=3
+  lengths lengths-dense 75 1b 1000 16 --rounds=3 --attention=dense
 fi
 cat "$out/stages.jsonl"
 exit "$failed"
