@@ -2,16 +2,17 @@
 
 from setuptools import find_packages, setup
 
-# jax 0.11.1 removed jax.experimental.hijax.MutableHiType, which flax below
-# 0.12.12 still subclasses, and flax 0.12.12 needs Python 3.12. So there are two
-# good pairs, and the markers keep an installer from mixing them:
+# jax 0.11.1 removed jax.experimental.hijax.MutableHiType, which flax 0.12.8
+# still subclasses, and later ones need Python 3.12. So there are two good
+# pairs, and the markers keep an installer from mixing them:
 #   Python 3.11   jax 0.10.2 (the newest there)   flax 0.12.8
-#   Python 3.12+  jax 0.11.1 or later             flax 0.12.12 or later
+#   Python 3.12+  jax 0.11.1 or later             flax 0.12.10 or later
+# (0.12.10 with jax 0.11.2 is what experiments/gpu ran).
 JAX_AND_FLAX = [
   "jax>=0.10.2,<0.11.1; python_version < '3.12'",
   "flax>=0.12.8,<0.12.12; python_version < '3.12'",
   "jax>=0.11.1; python_version >= '3.12'",
-  "flax>=0.12.12; python_version >= '3.12'",
+  "flax>=0.12.10; python_version >= '3.12'",
 ]
 
 setup(

@@ -74,12 +74,17 @@ def _step(graphdef, weights, drafter, state):
   return step(nnx.merge(graphdef, weights), drafter, state)
 
 
-def suit(target: Transformer, devices):
-  """Sets what a step's program depends on beside shapes: the devices that hold
-  the weights."""
-  target.one_pass_rows = one_pass.most_rows(next(iter(devices)).platform)
-  for block in target.blocks:
-    block.attention.kernels = attention.kernels_on(devices)
+def suit(model: Transformer, to):
+  """Sets what a step's program depends on beside shapes; to: the devices that
+  hold the weights.
+
+  A drafter's model (`draft_model`) is suited too, of which the kernel reads
+  what the draft catches up with; one that is no Transformer (EAGLE's) is not.
+  """
+  model.one_pass_rows = one_pass.most_rows(next(iter(to)).platform)
+  kernels = attention.kernels_on(to)
+  for block in model.blocks:
+    block.attention.kernels = kernels
 
 
 class Decoder:
@@ -97,7 +102,7 @@ class Decoder:
     model = for_decoding(model)
     target = nnx.clone(model)
     target.drafter = nnx.data(None)
-    on = devices(model.embed.table[...]) or jax.devices()
+    on = devices(model.embed.table[...]) or jax.devices()[:1]
     suit(target, on)
     if own is None and drafter.Module is not None:
       own = model.drafter

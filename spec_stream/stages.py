@@ -37,16 +37,18 @@ def scopes(program: hlo.Program) -> dict[str, str]:
 def kernels(program: hlo.Program, scope: dict[str, str]) -> dict[str, str]:
   """{a GPU's kernel: its scope}, for traces that name no instruction.
 
-  XLA names a kernel as the instruction, and one for all that are alike; Pallas
-  as it was told. Those of libraries (cuBLAS) are not known.
+  XLA names a kernel as the instruction, and one for all that are alike, by the
+  first; Pallas as it was told, which counts if all of that name are of one
+  scope. Those of libraries (cuBLAS) are not known.
   """
-  found = {re.sub(r"\W", "_", name): scope[name] for name in scope}
+  told = collections.defaultdict(set)
   for inside in program.computations.values():
     for i in inside.values():
-      told = re.search(r"/(\w+)/pallas_call\"", i.rest)
-      if told and i.name in scope:
-        found[told[1]] = scope[i.name]
-  return found
+      match = re.search(r"/(\w+)/pallas_call\"", i.rest)
+      if match and i.name in scope:
+        told[match[1]].add(scope[i.name])
+  sure = {name: found.pop() for name, found in told.items() if len(found) == 1}
+  return {re.sub(r"\W", "_", name): scope[name] for name in scope} | sure
 
 
 def milliseconds(

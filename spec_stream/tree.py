@@ -123,18 +123,19 @@ def best_first(
 
   Args:
     root: [B] int32.
-    log_probs: [B, J, C], descending along C.
+    log_probs: [B, J, C], descending along C, none above 0.
     tokens: [B, J, C] int32.
     num_nodes: M, root included.
   """
   batch, num_streams, width = log_probs.shape
   levels, score = [], jnp.zeros((batch, 1), log_probs.dtype)
-  offset = -1  # of the level above: the root stands before them all
+  offset, above = -1, 1  # of the level above: the root stands before them all
   for g, (parent, rank) in enumerate(_within(num_streams, width, num_nodes)):
     score = score[:, parent] + log_probs[:, g, rank]
     place = jnp.broadcast_to(jnp.int32(offset + parent), score.shape)
     levels.append((score, tokens[:, g, rank], place))
-    offset += 1 if g == 0 else len(levels[-2][0][0])
+    offset += above
+    above = len(rank)
   return join(root, levels, num_nodes)
 
 
@@ -145,13 +146,10 @@ def _within(num_streams: int, width: int, num_nodes: int):
 
   A node whose ranks are all as good as another's is as probable and stands
   before it. So one with `num_nodes - 1` such before it, prod(rank + 1) at each
-  depth down to its own, can be left out: what stays grows about as M log(M)^J,
-  not as C^J.
+  depth down to its own, can be left out: of J = 3, M = 32 stay 257 of 30,783.
   """
-  levels, above = (
-    [],
-    [(1, 0)],
-  )  # product of ranks + 1, and their sum over depths
+  levels = []
+  above = [(1, 0)]  # product of ranks + 1, and the sum of it over depths
   for _ in range(num_streams):
     found = []
     for parent, (product, before) in enumerate(above):
@@ -232,8 +230,8 @@ def top(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _top_of_runs(x: jax.Array, k: int, run: int = 32):
-  """As `jax.lax.top_k` of x [R, V], by sorting less: the largest k lie in the k
-  runs of neighbours whose own largest are so."""
+  """As `jax.lax.top_k` of x [R, V] without NaN, by sorting less: the largest k
+  lie in the k runs of neighbours whose own largest are so."""
   pad = -x.shape[1] % run
   least = -jnp.inf
   runs = jnp.pad(x, ((0, 0), (0, pad)), constant_values=least)

@@ -75,8 +75,9 @@ def test_logits_are_those_of_a_cpu():
 
 SHAPES = [  # dtype, rows, groups, size, window, cap, programs
   ("float32", 12, 4, 64, 0, 0.0, 256),
-  ("float32", 16, 4, 128, 0, 5.0, 8),  # as many queries as there may be
-  ("bfloat16", 1, 1, 128, 0, 0.0, 8),  # two blocks and more a program
+  ("float32", 16, 4, 128, 0, 5.0, 8),
+  ("bfloat16", 1, 1, 128, 0, 0.0, 8),  # two parts of nine blocks
+  ("bfloat16", 128, 1, 128, 0, 0.0, 8),  # as many rows as there may be
   ("bfloat16", 32, 4, 128, 200, 0.0, 8),
   ("bfloat16", 12, 3, 64, 0, 0.0, 128),  # no power of two
 ]
@@ -108,12 +109,12 @@ def test_the_kernel_changes_no_token(monkeypatch):
   model = make(dtype="float32")
   prompts = [[5, 6, 7, 8], [9, 3]]
   options = dict(max_new_tokens=24, seed=3, temperature=[0.0, 0.8])
+  monkeypatch.setattr(attention, "KERNEL_ON", ())
   plain = generate(model, prompts, NoDraft(), **options)
   monkeypatch.setattr(attention, "KERNEL_ON", ("cuda",))
-  jax.clear_caches()
-  tree = StreamDraft(TreeSpec("best_first", 6))
-  fast = generate(model, prompts, tree, **options)
-  jax.clear_caches()
+  assert attention.kernels_on(jax.devices()[:1]) == ("cuda",)
+  draft = StreamDraft(TreeSpec("best_first", 6))
+  fast = generate(model, prompts, draft, **options)
   assert [x.token_ids for x in fast] == [x.token_ids for x in plain]
 
 

@@ -2,6 +2,7 @@
 nothing of it is to be seen in the tokens."""
 
 import dataclasses
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -32,17 +33,21 @@ def small(monkeypatch):
   monkeypatch.setattr(buckets, "SMALLEST", 16)
 
 
-@pytest.fixture
-def kernel(monkeypatch, anew):
-  """The kernel, interpreted, of blocks of 16 slots; -> its calls."""
-  attend, calls = tree_attention.attend, []
+@pytest.fixture(params=["tree_attention"])
+def kernel(request, monkeypatch, anew):
+  """A kernel, interpreted, of blocks of 16 slots; -> its calls."""
+  module = importlib.import_module(f"spec_stream.models.{request.param}")
+  attend, calls, more = module.attend, [], {}
 
   def interpreted(*args, **keys):
     calls.append(args)
-    return attend(*args, **keys, block=16, interpret=True)
+    return attend(*args, **keys, **more, block=16, interpret=True)
 
-  monkeypatch.setattr(tree_attention, "attend", interpreted)
-  monkeypatch.setitem(attention.KERNELS, "cpu", "tree_attention")
+  monkeypatch.setattr(module, "attend", interpreted)
+  if request.param == "tree_attention_gpu":
+    monkeypatch.setattr(module, "fits", lambda *_: True)  # of float64 too
+    more["least"] = 1  # blocks of a part
+  monkeypatch.setitem(attention.KERNELS, "cpu", request.param)
   monkeypatch.setattr(attention, "KERNEL_ON", ("cpu",))
   return calls
 
@@ -155,6 +160,9 @@ def test_one_step_after_the_other_grows_too(x64, small):
 
 @pytest.mark.parametrize("name", in_short(CASES, ("streams, corrected",)))
 @pytest.mark.parametrize("window", [6, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  "kernel", ["tree_attention", "tree_attention_gpu"], indirect=True
+)
 def test_tokens_with_the_kernel(x64, kernel, name, window):
   """Of a cache whose end is inside of a block; in every second layer of which
   a row sees no more than a window."""
@@ -171,7 +179,6 @@ def test_tokens_with_the_kernel(x64, kernel, name, window):
 
   fast = decode(case.drafter, own)
   assert kernel
-  jax.clear_caches()
   attention.KERNEL_ON = ()  # until the end of the test
   kernel.clear()
   plain = decode(NoDraft())

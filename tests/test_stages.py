@@ -45,6 +45,7 @@ def test_a_kernel_of_a_gpu_is_of_its_instruction():
 }
 """.replace("KERNEL", "verify/attend/tree_attention/pallas_call")
   program = hlo.Program(text)
+  assert "verify/attend" in stages.scopes(program).values()
   assert stages.kernels(program, stages.scopes(program)) == {
     "s": "accept",
     "a_1": "accept",

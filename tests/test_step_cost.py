@@ -38,9 +38,12 @@ def test_steps_are_measured_against_their_limits(tmp_path, capsys):
 
 def test_steps_in_two_passes(tmp_path, monkeypatch):
   monkeypatch.setattr(one_pass, "most_rows", one_pass.most_rows)  # restores
+  monkeypatch.setattr(attention, "KERNEL_ON", ("cpu",))
+  monkeypatch.setitem(attention.KERNELS, "cpu", "tree_attention")
   steps = script("step_cost", "steps.py")
   out = tmp_path / "rows.jsonl"
   args = "--shape=tiny --lengths=20 --new=8 --prompts=2 --nodes=4".split()
+  args += ["--attention=dense"]  # a TPU's kernel would not run here
   for rows in "16", "15":
     assert steps.main([*args, f"--one_pass_rows={rows}", f"--out={out}"]) == 0
   rows = [json.loads(line) for line in out.read_text().splitlines()]
@@ -48,6 +51,7 @@ def test_steps_in_two_passes(tmp_path, monkeypatch):
   assert made == [None, None, True, None, None, False]
   assert rows[2]["step_flops"] > rows[5]["step_flops"]
   assert all(r["identical"] == 1 for r in rows)
+  assert {r["attention"] for r in rows} == {"dense"}
 
 
 @pytest.mark.skipif(not few_rows.find_compiler(), reason="no C++ compiler")

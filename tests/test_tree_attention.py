@@ -1,13 +1,17 @@
 """The kernels for a TPU and a GPU, interpreted, against the dense form."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import jaxlib.version
 import numpy as np
 import pytest
+import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spec_stream import decode, weights
 from spec_stream.models import attention, tree_attention, tree_attention_gpu
 
 KERNELS = (tree_attention, tree_attention_gpu)
@@ -67,13 +71,39 @@ def test_it_is_as_the_dense_form(x64, kernel, window, cap):
   def check(shape):
     x = case(*shape, "float64")
     x = slide(x, window) if window else x
-    # Of the one for a GPU the slots in up to two parts.
+    # Of the one for a GPU the slots in up to three parts, of a block each.
     more = {} if kernel is tree_attention else {"least": 1}
     found = kernel.attend(**x, cap=cap, block=16, interpret=True, **more)
     expected = dense(**x, window=window, cap=cap)
     np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-13)
 
   check()
+
+
+@pytest.mark.parametrize(
+  "rows, groups, lengths, programs, least",
+  [
+    (1, 1, (0, 176), 1, 1),  # one part
+    (18, 3, (16, 176), 40, 2),  # tiles, and parts of several blocks
+    (33, 5, (175, 1), 1000, 3),
+    (5, 16, (0, 90), 4, 1),  # parts that begin beyond the length
+  ],
+)
+def test_tiles_and_parts_of_the_one_for_a_gpu(
+  x64, rows, groups, lengths, programs, least
+):
+  x = case(0, 2, 2, rows, groups, 16, 176, "float64")
+  x["length"] = jnp.array(lengths, jnp.int32)
+  beyond = jnp.arange(176) >= x["length"][:, None]
+  expected = dense(**x)
+  x["cache"] = (
+    jnp.where(beyond[:, None, None, :], jnp.nan, x["cache"][0]),
+    jnp.where(beyond[:, None, :, None], jnp.nan, x["cache"][1]),
+  )
+  found = tree_attention_gpu.attend(
+    **x, block=16, programs=programs, least=least, interpret=True
+  )
+  np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -107,9 +137,11 @@ def test_in_bfloat16_it_is_near(kernel):
   jaxlib.version.__version_info__ > (0, 10, 2),
   reason="lowering compiles there, which needs a GPU: test_gpu",
 )
-def test_the_one_for_a_gpu_is_lowered_to_triton():
-  x = case(2, 1, 8, 16, 4, 128, 2064, "bfloat16")
-  assert tree_attention_gpu.fits(16, 4, 128, 2064, "bfloat16")
+@pytest.mark.parametrize("slots", [176, 2064])  # in one part, in several
+@pytest.mark.parametrize("groups", [1, 3])
+def test_the_one_for_a_gpu_is_lowered_to_triton(slots, groups):
+  x = case(2, 1, 8, 16, groups, 128, slots, "bfloat16")
+  assert tree_attention_gpu.fits(16, groups, 128, slots, "bfloat16")
   call = "__gpu$xla.gpu.triton"
   lowered = jax.export.export(
     jax.jit(lambda x: tree_attention_gpu.attend(**x)),
@@ -119,13 +151,33 @@ def test_the_one_for_a_gpu_is_lowered_to_triton():
   assert call in lowered.mlir_module()
 
 
-def test_a_kernel_is_of_one_device(monkeypatch):
-  monkeypatch.setattr(attention, "KERNEL_ON", ("cuda", "cpu"))
-  (device,) = jax.devices()[:1]
-  assert attention.kernels_on([device]) == ("cpu",)
-  assert attention.kernels_on([device, device]) == ()
-  monkeypatch.setattr(attention, "KERNEL_ON", ("cuda",))
-  assert attention.kernels_on([device]) == ()
+@pytest.mark.parametrize(
+  "on, capability, count, expected",
+  [
+    (("cuda 9.0",), "9.0", 1, ("cuda",)),
+    (("cuda 9.0",), "9.0", 2, ()),  # XLA cannot split a kernel
+    (("cuda 9.0",), "8.0", 1, ()),
+    (("cuda", "tpu"), "8.0", 1, ("cuda",)),
+    (("tpu",), "9.0", 1, ()),
+    ((), "9.0", 1, ()),
+  ],
+)
+def test_where_a_kernel_reads_the_cache(
+  monkeypatch, on, capability, count, expected
+):
+  monkeypatch.setattr(attention, "KERNEL_ON", on)
+  device = types.SimpleNamespace(platform="gpu", compute_capability=capability)
+  assert attention.kernels_on(count * [device]) == expected
+  model = weights.to_model(tiny.MODEL, weights.init(tiny.MODEL, 0))
+  decode.suit(model, count * [device])
+  assert {block.attention.kernels for block in model.blocks} == {expected}
+
+
+def test_without_its_base_a_kernel_is_left_out(monkeypatch):
+  monkeypatch.setitem(attention.KERNELS, "cpu", "no_such_module")
+  monkeypatch.setattr(attention, "KERNEL_ON", ("cpu",))
+  with pytest.warns(UserWarning, match="dense.*no_such_module"):
+    assert attention.kernels_on(jax.devices()[:1]) == ()
 
 
 def test_what_a_kernel_is_for():
@@ -134,6 +186,8 @@ def test_what_a_kernel_is_for():
   fits = tree_attention_gpu.fits
   assert fits(128, 4, 128, 2048, "bfloat16")
   assert fits(32, 7, 128, 2048, "float32")
-  assert not fits(256, 4, 256, 2048, "float32")
+  assert not fits(32, 4, 256, 2048, "float32")
+  assert not fits(1, 1, 64, 2048, "float64")
   assert not fits(16, 4, 80, 2048, "bfloat16")  # no power of two
-  assert not fits(512, 1, 128, 2048, "bfloat16")
+  assert not fits(129, 1, 128, 2048, "bfloat16")
+  assert not fits(1, 1, 128, 2047, "bfloat16")

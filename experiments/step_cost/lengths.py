@@ -18,7 +18,13 @@ import time
 
 import jax
 import numpy as np
-from steps import ATTENTION, SHAPES, choose_attention, random_model
+from steps import (
+  ATTENTION,
+  SHAPES,
+  attention_way,
+  choose_attention,
+  random_model,
+)
 
 from spec_stream import UserError, metrics
 from spec_stream.decode import Decoder
@@ -99,7 +105,7 @@ def main(argv: list[str]) -> int:
   rows = [
     {
       "shape": args.shape,
-      "attention": args.attention,
+      "attention": attention_way(),
       "method": name,
       "slots": slots,
       "length": length,

@@ -95,15 +95,20 @@ ATTENTION = dict(
 
 def choose_attention(way: str):
   """For models that are made ready after this; way: of `ATTENTION`."""
+  platform = jax.devices()[0].platform
   if way == "dense":
     attention.KERNEL_ON = ()
   elif way == "kernel":
-    attention.KERNEL_ON = tuple(attention.KERNELS)
-    if not attention.kernels_on(jax.devices()[:1]):
-      platform = jax.devices()[0].platform
+    if platform not in ("gpu", "tpu"):
       raise UserError(
         f"--attention=kernel is for a TPU or a GPU, and this is a {platform}"
       )
+    attention.KERNEL_ON = tuple(attention.KERNELS)
+
+
+def attention_way() -> str:
+  """For a row: how models on one device read their caches."""
+  return "kernel" if attention.kernels_on(jax.devices()[:1]) else "dense"
 
 
 def random_model(config: ModelConfig):
@@ -185,7 +190,8 @@ def main(argv: list[str]) -> int:
     size = (args.prompts * args.batch, length)
     prompts = rng.integers(1, config.vocab_size, size).tolist()
     found = measure(model, prompts, drafters, settings, args.stages)
-    found = [row | {"shape": args.shape} for row in found]
+    about = {"shape": args.shape, "attention": attention_way()}
+    found = [row | about for row in found]
     if args.out:
       metrics.append_jsonl(args.out, found)
     rows += found

@@ -16,6 +16,7 @@ slots, K key/value heads, G query heads per key/value head, H head size.
 
 import functools
 import importlib
+import warnings
 
 import flax.struct
 import jax
@@ -36,20 +37,34 @@ from spec_stream.models.lora import Linear
 from spec_stream.models.scores import joined, scores
 from spec_stream.models.segments import SegmentRows
 
-# Kernels that read the cache, and the platforms where they do so: those where
-# they measured faster (experiments/gpu). The one for a TPU was not measured.
+# Kernels that read the cache, by platform, and where they do so: on devices
+# where a step measured faster by them, "platform" or "platform capability".
+# That is an H100 (experiments/gpu); the one for a TPU was not measured.
 KERNELS = {"tpu": "tree_attention", "cuda": "tree_attention_gpu"}
-KERNEL_ON: tuple[str, ...] = ("cuda",)
+KERNEL_ON: tuple[str, ...] = ("cuda 9.0",)
 
 
 def kernels_on(devices) -> tuple[str, ...]:
-  """Platforms (none or one) whose kernel is to read the cache of a model that
-  lies on `devices`: of one device alone, for XLA cannot split a kernel."""
+  """The platform whose kernel is to read the cache of a model that lies on
+  `devices`, or none: of one device alone, for XLA cannot split a kernel."""
   if len(devices) != 1:
     return ()
-  platform = next(iter(devices)).platform
-  platform = {"gpu": "cuda"}.get(platform, platform)
-  return tuple(on for on in KERNEL_ON if on == platform)
+  device = next(iter(devices))
+  platform = {"gpu": "cuda"}.get(device.platform, device.platform)
+  exact = f"{platform} {getattr(device, 'compute_capability', '')}"
+  if not {platform, exact} & set(KERNEL_ON):
+    return ()
+  try:
+    _kernel(platform)
+  except ImportError as error:  # jax.experimental, which a jax may part with
+    warnings.warn(f"attention is dense, without kernel: {error}", stacklevel=2)
+    return ()
+  return (platform,)
+
+
+def _kernel(platform: str):
+  # Only where it is used: Pallas is slow to import.
+  return importlib.import_module(f"spec_stream.models.{KERNELS[platform]}")
 
 
 @flax.struct.dataclass
@@ -218,9 +233,7 @@ class Attention(nnx.Module):
     default = functools.partial(_dense, cap)
     if cache is None or length is None or not self.kernels:
       return default(*args)
-    ways = {
-      on: functools.partial(_by_kernel, KERNELS[on], cap) for on in self.kernels
-    }
+    ways = {on: functools.partial(_by_kernel, on, cap) for on in self.kernels}
     return jax.lax.platform_dependent(*args, default=default, **ways)
 
 
@@ -237,13 +250,9 @@ def _dense(cap: float, q, k, v, rows: Rows, cache, length):
   return joined(blocks, weigh)
 
 
-def _by_kernel(name: str, cap: float, q, k, v, rows: Rows, cache, length):
-  # Only where it is used: Pallas is slow to import.
-  try:
-    kernel = importlib.import_module(f"spec_stream.models.{name}")
-  except ImportError:  # jax.experimental, which later releases may part with
-    return _dense(cap, q, k, v, rows, cache, length)
-  # A prompt's chunk may be too much.
+def _by_kernel(platform: str, cap: float, q, k, v, rows: Rows, cache, length):
+  kernel = _kernel(platform)
+  # A prompt's later chunks are too much for them.
   fits = kernel.fits(*q.shape[2:], cache[0].shape[3], q.dtype)
   if rows.old is not None or not fits:  # a mask of its own for every row
     return _dense(cap, q, k, v, rows, cache, length)

@@ -2,7 +2,7 @@
 
     for each row b of the batch, each key/value head, each tile of the new rows,
     each part of the slots:
-      the new rows' own scores, by their mask (with the first part)
+      the new rows' own scores, by their mask (masked but in the first part)
       for each block of that part that begins below `length[b]`: scores, joined
         to those so far by a running maximum and sum
 
@@ -30,7 +30,7 @@ from spec_stream.models.scores import NEVER
 
 BLOCK = 64  # slots
 TILE = 32  # N, or the least that holds one row; half where programs are few
-LARGEST = 256  # new rows, whose keys a program reads at once
+LARGEST = 128  # new rows, whose keys a program reads at once: no prompt's chunk
 PROGRAMS = 128  # about as many as processors: more parts, or tiles, for them
 LEAST = 4  # blocks of a part: fewer are not worth joining parts
 
@@ -39,9 +39,12 @@ def fits(rows: int, groups: int, size: int, slots: int, dtype) -> bool:
   """Whether the kernel is for such shapes."""
   if size & (size - 1) or size < 16 or slots % 16 or rows > LARGEST:
     return False
-  # Keys, or values, and queries of a program, which its registers hold.
-  held = max(_padded(rows), BLOCK) + max(TILE, _padded(groups, 1))
-  return held * size * jnp.dtype(dtype).itemsize <= 2**17
+  # A block's keys and values, and all new rows': what an H100 was seen to hold
+  # beside scores and sums. Triton knows no float64 products.
+  itemsize = jnp.dtype(dtype).itemsize
+  most = max(_padded(rows), 2 * BLOCK, _padded(groups))
+  held = most * size * itemsize
+  return itemsize <= 4 and held <= 2**16
 
 
 def _padded(count: int, least: int = 16) -> int:
@@ -120,10 +123,8 @@ def _kernel(
   wider, others = _padded(groups, 1), _padded(rows)
   many = high * wider  # N
   dtype, iota = wide(new.dtype), jax.lax.broadcasted_iota
-  here, row = (
-    pl.ds(tile * high, high),
-    tile * high + iota(jnp.int32, (high,), 0),
-  )
+  here = pl.ds(tile * high, high)
+  row = tile * high + iota(jnp.int32, (high,), 0)
   shape = (high, wider, size)
   is_query = tile * high + iota(jnp.int32, shape, 0) < rows
   is_query &= iota(jnp.int32, shape, 1) < groups
@@ -148,17 +149,18 @@ def _kernel(
   each = lambda x: jnp.broadcast_to(
     x[:, None], (high, wider, *x.shape[1:])
   ).reshape(many, *x.shape[1:])
-  firsts, count = each(some(first.at[b, here], row < rows)), length[b]
+  firsts = each(some(first.at[b, here], row < rows))
+  count = jnp.minimum(length[b], slots)
 
   def join(carry, scores, seen, v):
     """scores, seen: [N, n]; v [n, H]."""
     top, total, acc = carry
     x = jnp.where(seen, softcap(scores, cap), jnp.asarray(NEVER, dtype))
-    high = jnp.maximum(top, x.max(1))
-    weights, keep = jnp.exp(x - high[:, None]), jnp.exp(top - high)
+    new_top = jnp.maximum(top, x.max(1))
+    weights, keep = jnp.exp(x - new_top[:, None]), jnp.exp(top - new_top)
     acc = acc * keep[:, None]
     acc += jax.lax.dot(weights.astype(v.dtype), v, preferred_element_type=dtype)
-    return high, total * keep + weights.sum(1), acc
+    return new_top, total * keep + weights.sum(1), acc
 
   def slots_at(i, carry):
     at = pl.ds(i * block, block)
