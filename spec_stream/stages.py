@@ -83,6 +83,7 @@ def milliseconds(
       raise UserError("the profiler wrote no trace: is it allowed here?")
     for op, kernel, nanoseconds in _operations(paths[0]):
       if op not in around:
+        kernel = re.sub(r"__\d+$", "", kernel)  # of several of one name
         total[scope.get(op) or of_kernel.get(kernel, "rest")] += nanoseconds
   return {name: ns / 1e6 / steps for name, ns in total.items()}
 
