@@ -161,7 +161,7 @@ def _within(num_streams: int, width: int, num_nodes: int):
     if not found:
       break
     parents, ranks, *rest = zip(*found)
-    levels.append((np.array(parents), np.array(ranks)))
+    levels.append((np.array(parents, np.int32), np.array(ranks, np.int32)))
     above = list(zip(*rest))
   return tuple(levels)
 

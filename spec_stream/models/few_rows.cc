@@ -14,6 +14,12 @@
 #include <memory>
 #include <thread>
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -39,6 +45,21 @@ struct Of {
       __attribute__((vector_size(lanes * 4), aligned(4), may_alias));
 };
 using Vector = Of<kLanes>::Type;
+
+// a b + c, rounded once where the machine can. Said so, and nothing left to the
+// compiler (-ffp-contract=off): GCC fuses in some tiles and not in others, and
+// a row's sums would depend on how many there are.
+inline Vector MultiplyAdd(Vector a, Vector b, Vector c) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX__) && defined(__FMA__)
+  return (Vector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (Vector)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
 
 template <int lanes>
 inline float Sum(typename Of<lanes>::Type x) {
@@ -74,7 +95,9 @@ inline void Step(const float* x, const float* w, int64_t x_stride,
   for (int r = 0; r < rows; ++r) {
     const Vector row = *reinterpret_cast<const Vector*>(x + r * x_stride);
 #pragma GCC unroll 8
-    for (int o = 0; o < outputs; ++o) sums[r][o] += row * weights[o];
+    for (int o = 0; o < outputs; ++o) {
+      sums[r][o] = MultiplyAdd(row, weights[o], sums[r][o]);
+    }
   }
 }
 

@@ -40,7 +40,7 @@ _FLAGS = (
   if platform.machine().lower() in ("x86_64", "amd64")
   else "-mcpu=native",
   # No -ffast-math: a library linked with it changes how all others round.
-  "-ffp-contract=fast",
+  "-ffp-contract=off",
   *("-std=c++17", "-shared", "-fPIC", "-w"),
   # It may be loaded by an interpreter that comes with older libraries.
   *(["-static-libstdc++", "-static-libgcc"] * (platform.system() == "Linux")),
