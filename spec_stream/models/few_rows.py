@@ -26,10 +26,24 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 
+
+def _features() -> str:
+  """What this processor can do, where the system says so."""
+  try:
+    with open("/proc/cpuinfo") as file:
+      lines = file.read().splitlines()
+  except OSError:
+    return platform.processor()
+  found = (line for line in lines if line.startswith(("flags", "Features")))
+  return next(found, platform.processor())
+
+
 # Most rows of a kernel of SMALL bytes and more, and of a smaller one: with more
-# XLA is as fast (experiments/step_cost).
+# XLA is as fast (experiments/step_cost). Registers half as wide, and half as
+# many, multiply too slowly for as many rows.
 SMALL = 2**20
-MOST, MOST_OF_SMALL = 24, 64
+_IS_NARROW = "avx2" in _features() and "avx512f" not in _features()
+MOST, MOST_OF_SMALL = 8 if _IS_NARROW else 24, 64
 
 TARGET = "spec_stream_few_rows"
 _SOURCE = pathlib.Path(__file__).with_suffix(".cc")
@@ -158,14 +172,3 @@ def _why(error: Exception) -> str:
   said = error.stderr.strip().splitlines()
   errors = [line for line in said if "error" in line]
   return (errors or said or [f"exit status {error.returncode}"])[0]
-
-
-def _features() -> str:
-  """What this processor can do, where the system says so."""
-  try:
-    with open("/proc/cpuinfo") as file:
-      lines = file.read().splitlines()
-  except OSError:
-    return platform.processor()
-  found = (line for line in lines if line.startswith(("flags", "Features")))
-  return next(found, platform.processor())
