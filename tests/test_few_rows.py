@@ -94,6 +94,7 @@ def test_its_flops_are_counted():
 @pytest.mark.parametrize("name", in_short(("lossless", "shared, main attends")))
 def test_tokens(name, monkeypatch):
   """Those of plain decoding by XLA's products; a difference is a near tie."""
+  monkeypatch.setattr(few_rows, "MOST", 24)  # on whatever processor
   config, drafter = CASES[name]
   config, accepted = as_float32(config), 0
   for seed in range(3):
