@@ -233,6 +233,8 @@ class Attention(nnx.Module):
     default = functools.partial(_dense, cap)
     if cache is None or length is None or not self.kernels:
       return default(*args)
+    # What is compiled for another platform after all (ROCm too is a GPU, for
+    # `kernels_on`) is dense.
     ways = {on: functools.partial(_by_kernel, on, cap) for on in self.kernels}
     return jax.lax.platform_dependent(*args, default=default, **ways)
 

@@ -74,8 +74,8 @@ def attend(
   batch, heads, rows, groups, size = q.shape
   slots = cache[0].shape[3]
   wider = _padded(groups, 1)  # groups, filled up
-  some = batch * heads * pl.cdiv(rows * wider, TILE) < programs
-  tile = TILE // 2 if some else TILE
+  few = batch * heads * pl.cdiv(rows * wider, TILE) < programs
+  tile = TILE // 2 if few else TILE
   high = max(16 // wider, min(tile // wider, _padded(rows)), 1)  # of a tile
   tiles = pl.cdiv(rows, high)
   block = min(block, pl.next_power_of_2(slots))
