@@ -1,5 +1,6 @@
 """The kernels for a TPU and a GPU, interpreted, against the dense form."""
 
+import dataclasses
 import types
 
 import jax
@@ -8,11 +9,14 @@ import jaxlib.version
 import numpy as np
 import pytest
 import tiny
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spec_stream import decode, weights
+from spec_stream.drafters.draft_model import DraftModel
 from spec_stream.models import attention, tree_attention, tree_attention_gpu
+from spec_stream.models.config import StreamConfig
 
 KERNELS = (tree_attention, tree_attention_gpu)
 
@@ -171,6 +175,20 @@ def test_where_a_kernel_reads_the_cache(
   model = weights.to_model(tiny.MODEL, weights.init(tiny.MODEL, 0))
   decode.suit(model, count * [device])
   assert {block.attention.kernels for block in model.blocks} == {expected}
+
+
+def test_a_draft_model_is_suited_too(monkeypatch):
+  monkeypatch.setitem(attention.KERNELS, "cpu", "tree_attention")
+  monkeypatch.setattr(attention, "KERNEL_ON", ("cpu",))
+  config = dataclasses.replace(tiny.MODEL, streams=StreamConfig(0))
+  model, own = (
+    weights.to_model(config, weights.init(config, seed)) for seed in (0, 1)
+  )
+  made = decode.Decoder(model, DraftModel(), own)
+  params = nnx.merge(made.graphdef, made.weights)
+  kernels = lambda model: {block.attention.kernels for block in model.blocks}
+  assert kernels(params.target) == kernels(params.own) == {("cpu",)}
+  assert kernels(model) == kernels(own) == {()}  # the caller's stay
 
 
 def test_without_its_base_a_kernel_is_left_out(monkeypatch):
