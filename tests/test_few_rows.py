@@ -1,5 +1,7 @@
 """Products of few rows on a CPU by few_rows.cc, against NumPy's and XLA's."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -211,3 +213,18 @@ def test_sizes_that_are_laid_out(monkeypatch):
     assert large(jnp.zeros((512, 1024), jnp.bfloat16), "bfloat16")
   monkeypatch.setattr(few_rows, "is_ready", None)  # and none is compiled
   assert not large(eighth[1:])
+
+
+@pytest.mark.parametrize(
+  "capability, count, gain",
+  [("9.0", 1, True), ("8.0", 1, False), ("9.0", 2, 0)],
+)
+def test_sizes_that_are_laid_out_on_a_gpu(capability, count, gain, monkeypatch):
+  """The small ones, of one device that was measured; none for few_rows."""
+  monkeypatch.setattr(few_rows, "is_ready", None)
+  device = types.SimpleNamespace(platform="gpu", compute_capability=capability)
+  on = lora.names(count * [device])
+  for dtype in ("float32", "bfloat16"):
+    small, large = (jnp.zeros((2048, n), dtype) for n in (2048, 8192))
+    assert lora.gains(small, dtype, on) == gain
+    assert not lora.gains(large, dtype, on)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -455,7 +456,8 @@ def test_kernels_with_outputs_first_give_the_same(
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_what_is_laid_out_is_the_same_model(tied, x64, monkeypatch):
+@pytest.mark.parametrize("on", ["cpu", "cuda"])
+def test_what_is_laid_out_is_the_same_model(tied, on, x64, monkeypatch):
   config = dataclasses.replace(
     tiny.MODEL,
     tie_embeddings=tied,
@@ -471,10 +473,14 @@ def test_what_is_laid_out_is_the_same_model(tied, x64, monkeypatch):
       values[path] = jnp.asarray(rng.normal(size=x.shape))
   model = weights.to_model(config, values)
   assert transformer.for_decoding(model) is model  # nothing to gain
+  if on == "cuda":
+    device = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
+    monkeypatch.setattr(transformer, "devices", lambda _: [device])
   monkeypatch.setattr(lora, "_LARGE", 0)
   laid = transformer.for_decoding(model)
   assert transformer.for_decoding(laid) is laid
-  assert laid.embed.out_first == tied and not model.embed.out_first
+  assert laid.embed.out_first == on * tied and not model.embed.out_first
+  assert laid.blocks[0].ffw.down.out_first == on
   assert tied or laid.head.kernel.shape == (19, 16)
   assert laid.blocks[0].ffw.down.kernel.shape == (16, 24)
   assert model.blocks[0].ffw.down.kernel.shape == (24, 16)

@@ -41,10 +41,10 @@ _STREAMS = StreamConfig(
 )
 
 
-def _llama(**changes) -> ModelConfig:
-  """Llama-2-7B's shape in bfloat16, with streams in four layers."""
+def _llama(shape: str = "llama2_7b", **changes) -> ModelConfig:
+  """A shape of `compile_check` in bfloat16, with streams in four layers."""
   return ModelConfig(
-    **{**compile_check.SHAPES["llama2_7b"], **changes},
+    **{**compile_check.SHAPES[shape], **changes},
     dtype="bfloat16",
     param_dtype="bfloat16",
     streams=dataclasses.replace(_STREAMS, num_stream_layers=4),
@@ -74,6 +74,7 @@ SHAPES = {
     width=2048, num_layers=24, num_heads=16, num_kv_heads=16, ffw_dim=5504
   ),
   "7b": _llama(),
+  "8b": _llama("llama3_8b"),  # heads in groups of four
   "tiny": ModelConfig(
     vocab_size=64,
     width=32,

@@ -33,7 +33,7 @@ from spec_stream.models.layers import (
   rotation,
   wide,
 )
-from spec_stream.models.lora import Linear
+from spec_stream.models.lora import Linear, names
 from spec_stream.models.scores import joined, scores
 from spec_stream.models.segments import SegmentRows
 
@@ -47,13 +47,10 @@ KERNEL_ON: tuple[str, ...] = ("cuda 9.0",)
 def kernels_on(devices) -> tuple[str, ...]:
   """The platform whose kernel is to read the cache of a model that lies on
   `devices`, or none: of one device alone, for XLA cannot split a kernel."""
-  if len(devices) != 1:
+  found = names(devices)
+  if not {*found} & {*KERNEL_ON}:
     return ()
-  device = next(iter(devices))
-  platform = {"gpu": "cuda"}.get(device.platform, device.platform)
-  exact = f"{platform} {getattr(device, 'compute_capability', '')}"
-  if not {platform, exact} & set(KERNEL_ON):
-    return ()
+  platform = found[0]
   try:
     _kernel(platform)
   except ImportError as error:  # jax.experimental, which a jax may part with

@@ -42,7 +42,7 @@ class Embed(nnx.Module):
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     self.dtype, self.multiplier = config.dtype, config.embed_scale
-    self.out_first = False  # as of `lora.Linear`
+    self.out_first = ""  # as of `lora.Linear`
     normal = jax.nn.initializers.normal(0.02, dtype=config.param_dtype)
     shape = (config.vocab_size, config.width)
     self.table = nnx.Param(normal(rngs.params(), shape))
@@ -59,7 +59,7 @@ class Embed(nnx.Module):
     """Tied LM head: [..., D] -> [..., V], float32 or wider."""
     table = self.table[...].astype(hidden.dtype)
     if self.out_first:
-      return matmul_out_first(hidden, table, wide(hidden.dtype))
+      return matmul_out_first(hidden, table, wide(hidden.dtype), self.out_first)
     return matmul(hidden, table.T, wide(hidden.dtype))
 
 

@@ -7,6 +7,7 @@ so that main rows are the base model's to the bit. Which rows: `adapt_from`.
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,11 @@ from spec_stream.models.config import ModelConfig
 # eighth of it: experiments/step_cost. In some states of that machine smaller
 # ones lost by it with XLA, for one row.
 _LARGE = 2**20
+# Bytes of the largest kernel that it changes on SMALL_ON. Of one row and so
+# small a kernel XLA adds up the columns there, in two programs and at a fifth
+# of the memory's speed; one whose rows lie in one piece takes one program.
+# Larger ones do not gain, and with more rows lose a little (experiments/gpu).
+_SMALL, SMALL_ON = 2**24, "cuda 9.0"
 
 
 def matmul(x: jax.Array, kernel: jax.Array, dtype=None) -> jax.Array:
@@ -38,17 +44,20 @@ def _of_two_rows(product, x):
   return product(jnp.pad(x, ((0, 0), (0, 1), (0, 0))))[:, :1]
 
 
-def matmul_out_first(x: jax.Array, kernel: jax.Array, dtype=None) -> jax.Array:
-  """As `matmul`, of a kernel [*out, I], whose rows lie in one piece each; on a
-  CPU alone."""
+def matmul_out_first(
+  x: jax.Array, kernel: jax.Array, dtype=None, on: str = "cpu"
+) -> jax.Array:
+  """As `matmul`, of a kernel [*out, I], whose rows lie in one piece each; on:
+  the platform that it was laid out for."""
   outputs = kernel.shape[:-1]
   rows = x.reshape(-1, x.shape[-1])
   kernel = kernel.reshape(-1, x.shape[-1])
-  if dtype in (None, x.dtype) and few_rows.serves(rows, kernel):
+  on_cpu = on == "cpu"
+  if on_cpu and dtype in (None, x.dtype) and few_rows.serves(rows, kernel):
     y = jax.lax.platform_dependent(
       rows, kernel, cpu=few_rows.matmul, default=rows_as_columns
     )
-  elif kernel.size * kernel.dtype.itemsize < _LARGE:  # laid out for few_rows
+  elif not on_cpu or kernel.size * kernel.dtype.itemsize < _LARGE:
     y = jnp.dot(rows, kernel.T, preferred_element_type=dtype)
   else:
     y = rows_as_columns(rows, kernel, dtype)
@@ -97,7 +106,7 @@ class Linear(nnx.Module):
     rngs: nnx.Rngs,
   ):
     self.inputs, self.outputs = inputs, outputs
-    self.out_first = False
+    self.out_first = ""  # the platform that it is laid out for
     fan_in = math.prod(inputs)
     normal = jax.nn.initializers.normal(
       std or fan_in**-0.5, dtype=config.param_dtype
@@ -137,7 +146,8 @@ class Linear(nnx.Module):
     wide = lambda w: w[...].astype(x.dtype).reshape(x.shape[-1], *w.shape[ins:])
     ins = len(self.inputs)
     if self.out_first:
-      y = matmul_out_first(x, self.kernel[...].astype(x.dtype), dtype)
+      kernel = self.kernel[...].astype(x.dtype)
+      y = matmul_out_first(x, kernel, dtype, self.out_first)
     elif self.kernel_scale is None:
       y = matmul(x, wide(self.kernel), dtype)
     elif len(self.kernel_scale[...]) == 1:  # of an output as a whole: it waits
@@ -171,22 +181,32 @@ class Linear(nnx.Module):
     self.kernel = nnx.Param((kernel.astype(wide) + delta).astype(kernel.dtype))
     self.lora_a = self.lora_b = None
 
-  def gains(self, dtype: str) -> bool:
-    """Whether `lay_out` is to be called on a CPU that multiplies in `dtype`."""
+  def gains(self, dtype: str, on: Sequence[str]) -> bool:
+    """Whether `lay_out` is to be called, as `gains` of its kernel says."""
     quantised = self.kernel_scale is not None
     done = self.out_first or quantised
-    return not done and is_large(self.kernel[...], dtype)
+    return not done and gains(self.kernel[...], dtype, on)
 
-  def lay_out(self):
+  def lay_out(self, platform: str):
     """Puts the outputs of the kernel first."""
     kernel = self.kernel[...]
     size = math.prod(self.inputs)
     flat = jnp.moveaxis(kernel.reshape(size, *self.outputs), 0, -1)
-    self.kernel, self.out_first = nnx.Param(flat), True
+    self.kernel, self.out_first = nnx.Param(flat), platform
+
+
+def gains(kernel: jax.Array, dtype: str, on: Sequence[str]) -> bool:
+  """Whether a kernel gains by having its outputs first, in `dtype`'s products.
+
+  on: `names` of the device where it lies.
+  """
+  if "cpu" in on:
+    return is_large(kernel, dtype)
+  return SMALL_ON in on and kernel.nbytes <= _SMALL
 
 
 def is_large(kernel: jax.Array, dtype: str) -> bool:
-  """Whether a kernel gains by having its outputs first, in `dtype`'s products.
+  """As `gains` of a kernel on a CPU.
 
   Of the smaller of them `few_rows` is compiled here, if it was not before.
   """
@@ -201,6 +221,13 @@ def devices(x) -> set:
   return x.devices() if here else set()
 
 
-def on_cpu(x: jax.Array) -> bool:
-  """Whether an array lies on one device, a CPU."""
-  return [device.platform for device in devices(x)] == ["cpu"]
+def names(devices) -> tuple[str, ...]:
+  """Of one device: its platform, and "platform capability". Of several: none.
+
+  A ROCm GPU too is "cuda" here.
+  """
+  if len(devices) != 1:
+    return ()
+  device = next(iter(devices))
+  platform = {"gpu": "cuda"}.get(device.platform, device.platform)
+  return platform, f"{platform} {getattr(device, 'compute_capability', '')}"

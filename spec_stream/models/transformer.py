@@ -43,7 +43,7 @@ from spec_stream.models.layers import (
   softcap,
   wide,
 )
-from spec_stream.models.lora import Linear, is_large, on_cpu
+from spec_stream.models.lora import Linear, devices, gains, names
 from spec_stream.models.prune import Pruner
 from spec_stream.models.segments import Segments, segment_rows
 from spec_stream.models.streams import Streams
@@ -371,29 +371,31 @@ def for_decoding(model: Transformer) -> Transformer:
 
 def lay_out(model: Transformer) -> Transformer:
   """A copy with its kernels as this device's products of few rows want them,
-  which costs the memory of those that change (`lora.is_large`) once more; the
-  model itself where none gains by it, as on any device but a CPU."""
+  which costs the memory of those that change (`lora.gains`) once more; the
+  model itself where none gains by it, as on several devices."""
   table = model.embed.table[...]
   dtype = model.config.dtype
-  if not on_cpu(table):
+  on = names(devices(table))
+  if not on:
     return model
-  large = lambda model: [
-    linear for linear in _linears(model) if linear.gains(dtype)
+  to_change = lambda model: [
+    linear for linear in _linears(model) if linear.gains(dtype, on)
   ]
-  tied = model.head is None and is_large(table, dtype)
-  if not large(model) and model.embed.out_first == tied:
+  # A table has its outputs first as it is.
+  tied = on[0] if model.head is None and gains(table, dtype, on) else ""
+  if not to_change(model) and model.embed.out_first == tied:
     return model
   model = nnx.clone(model)
   model.embed.out_first = tied
-  for linear in large(model):
-    linear.lay_out()
+  for linear in to_change(model):
+    linear.lay_out(on[0])
   return model
 
 
 def uses_few_rows(model: Transformer) -> bool:
   """Whether `few_rows` multiplies few rows of a model that is laid out."""
   return (
-    (model.embed.out_first or any(x.out_first for x in _linears(model)))
+    any(x.out_first == "cpu" for x in (model.embed, *_linears(model)))
     and model.config.dtype == model.config.param_dtype == "float32"
     and few_rows.is_ready()
   )
