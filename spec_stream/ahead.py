@@ -162,15 +162,15 @@ def decoding(
   def folded(values):
     target = merge_lora(weights.to_model(model, values))
     decode.suit(target, list(mesh.devices.flat))
-    made, values = nnx.split(Params(target))
-    graph.append(made)
-    return values
+    params = Params(target)
+    graph.append(decode.Graph.split(params)[0])
+    return nnx.state(params)
 
   here = lambda tree: jax.tree.map(
     lambda x: _placed(x, NamedSharding(mesh, P())), tree
   )
-  values = _by_rule(jax.eval_shape(folded, weights.shapes(model)), mesh)
-  fixed = dict(graphdef=graph[0], drafter=drafter)
+  named = _by_rule(jax.eval_shape(folded, weights.shapes(model)), mesh)
+  graph, values = graph[0], jax.tree.leaves(named)
   num_new = slots - prompt - drafter.longest
   if min(prompt, num_new) < 1:
     raise UserError(f"a cache of {slots} slots has no room for new tokens")
@@ -178,21 +178,19 @@ def decoding(
   args = np.zeros((batch, prompt), np.int32), numbers, numbers, numbers[:1]
   args = here((*args, None, jax.eval_shape(lambda: sampling.make(batch))))
   prefill = lambda values, *args: decode._prefill(
-    graph[0], values, drafter, slots, num_new, *args
+    graph, values, drafter, slots, num_new, *args
   )
-  first = decode._prefill.lower(
-    graph[0], values, drafter, slots, num_new, *args
-  )
+  first = decode._prefill.lower(graph, values, drafter, slots, num_new, *args)
   first = first.compile()
   state = jax.tree.map(
     _placed, jax.eval_shape(prefill, values, *args), first.output_shardings
   )
-  loop = decode._loop.lower(**fixed, weights=values, state=state)
+  loop = decode._loop.lower(graph, values, drafter, state)
   by_path = {
     _path(path): variable.get_value()
-    for path, variable in nnx.to_flat_state(values)
+    for path, variable in nnx.to_flat_state(named)
   }
-  step = lambda values, state: decode._step(graph[0], values, drafter, state)
+  step = lambda values, state: decode._step(graph, values, drafter, state)
   flops = roofline.flops(step, values, state)
   return first, loop.compile(), by_path, state, flops
 

@@ -33,29 +33,56 @@ from spec_stream.sampling import make as make_sampling
 from spec_stream.step import DecodeState, has_room, prefill, step
 from spec_stream.tree import TokenTree
 
-# Jitted entry points. Target and drafter's own weights (`Params`) travel as
-# (graphdef, weights): their structure is static, their weights are arguments.
 
-_STATIC = ("graphdef", "drafter", "slots", "num_new")
+class Graph:
+  """What a model is beside its weights; as a static argument equal to itself
+  alone.
+
+  In each call of a program a graphdef of nnx would be hashed and its weights
+  found one by one, in Python: 2 ms with 12 layers. Of equal models the graph
+  is the same one, and so are their programs.
+  """
+
+  def __init__(self, graphdef: nnx.GraphDef, tree: jax.tree_util.PyTreeDef):
+    self._graphdef, self._tree = graphdef, tree
+
+  @staticmethod
+  def split(model: nnx.Module) -> tuple["Graph", list[jax.Array]]:
+    """-> (graph, weights)."""
+    graphdef, state = nnx.split(model)
+    weights, tree = jax.tree.flatten(state)
+    return _graph(graphdef, tree), weights
+
+  def merge(self, weights: list[jax.Array]) -> nnx.Module:
+    return nnx.merge(self._graphdef, jax.tree.unflatten(self._tree, weights))
+
+
+_graph = functools.cache(Graph)
+
+
+# Jitted entry points. Target and drafter's own weights (`Params`) travel as
+# (graph, weights): their structure is static, their weights are arguments.
+
+_STATIC = ("graph", "drafter", "slots", "num_new")
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
-def _prefill(graphdef, weights, drafter, slots, num_new, *args):
-  params = nnx.merge(graphdef, weights)
+def _prefill(graph, weights, drafter, slots, num_new, *args):
+  params = graph.merge(weights)
   return prefill(params, drafter, *args, slots=slots, num_new=num_new)
 
 
 @functools.partial(jax.jit, static_argnames=(*_STATIC, "batch"))
-def _serve(graphdef, weights, drafter, slots, num_new, batch, requests):
-  params = nnx.merge(graphdef, weights)
+def _serve(graph, weights, drafter, slots, num_new, batch, requests):
+  params = graph.merge(weights)
   return refill.serve(params, drafter, requests, batch, slots, num_new)
 
 
 @functools.partial(
-  jax.jit, static_argnames=("graphdef", "drafter"), donate_argnames="state"
+  jax.jit, static_argnames=("graph", "drafter"), donate_argnames="state"
 )
-def _loop(graphdef, weights, drafter, state):
-  params = nnx.merge(graphdef, weights)
+def _loop(graph, weights, drafter, state):
+  params = graph.merge(weights)
   return jax.lax.while_loop(
     lambda state: (~state.done).any() & has_room(state, drafter),
     lambda state: step(params, drafter, state),
@@ -69,9 +96,9 @@ def _pad(x, shape):
   return jnp.pad(x, [(0, new - old) for new, old in zip(shape, x.shape)])
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "drafter"))
-def _step(graphdef, weights, drafter, state):
-  return step(nnx.merge(graphdef, weights), drafter, state)
+@functools.partial(jax.jit, static_argnames=("graph", "drafter"))
+def _step(graph, weights, drafter, state):
+  return step(graph.merge(weights), drafter, state)
 
 
 def suit(model: Transformer, to):
@@ -111,20 +138,20 @@ class Decoder:
       suit(own, on)
     self.drafter = drafter.resolve(model.config, own)
     check_rule(self.drafter)
-    self.graphdef, self.weights = nnx.split(Params(target, own))
+    self.graph, self.weights = Graph.split(Params(target, own))
 
   def in_one_pass(self, batch: int) -> bool | None:
     """Whether nodes carry streams, see `one_pass`; None if none are drafted
     from."""
     if not self.drafter.stream_depth:
       return None
-    target = nnx.merge(self.graphdef, self.weights).target
+    target = self.graph.merge(self.weights).target
     return one_pass.streams_on_nodes(target, self.drafter, batch) > 0
 
   def by_few_rows(self, batch: int) -> bool:
     """Whether `few_rows` multiplies the nodes of so many requests, with large
     kernels also."""
-    target = nnx.merge(self.graphdef, self.weights).target
+    target = self.graph.merge(self.weights).target
     rows = batch * self.drafter.num_nodes
     return rows <= few_rows.MOST and uses_few_rows(target)
 
@@ -135,7 +162,7 @@ class Decoder:
     args, first, most, num_new = self._requests(prompts, **settings)
     slots = first if grow else most
     return _prefill(
-      self.graphdef, self.weights, self.drafter, slots, num_new, *args
+      self.graph, self.weights, self.drafter, slots, num_new, *args
     )
 
   def serve(
@@ -152,7 +179,7 @@ class Decoder:
       )
     args, _, slots, num_new = self._requests(prompts, **settings)
     return _serve(
-      self.graphdef,
+      self.graph,
       self.weights,
       self.drafter,
       slots,
@@ -233,17 +260,17 @@ class Decoder:
     jax.block_until_ready(state)
 
   def _run(self, state: DecodeState) -> DecodeState:
-    return _loop(self.graphdef, self.weights, self.drafter, state)
+    return _loop(self.graph, self.weights, self.drafter, state)
 
   def lower(self, state: DecodeState) -> jax.stages.Lowered:
     """The loop of `finish` for the cache of `state`, which may be abstract."""
-    return _loop.lower(self.graphdef, self.weights, self.drafter, state)
+    return _loop.lower(self.graph, self.weights, self.drafter, state)
 
   def step(self, state: DecodeState) -> DecodeState:
     """One step, for streaming and debugging."""
     if not has_room(state, self.drafter):
       state = self._grown(state)
-    return _step(self.graphdef, self.weights, self.drafter, state)
+    return _step(self.graph, self.weights, self.drafter, state)
 
   def _grown(self, state: DecodeState, donate: bool = False) -> DecodeState:
     """With a larger cache; array by array, so that with `donate` no more is
@@ -252,7 +279,7 @@ class Decoder:
     batch, *heads, _ = layers[0][0].shape
 
     def larger():
-      params = nnx.merge(self.graphdef, self.weights)
+      params = self.graph.merge(self.weights)
       cache = empty(batch, slots, len(layers), *heads, layers[0][0].dtype)
       return cache, self.drafter.init(params, batch, slots)
 

@@ -8,7 +8,6 @@ import time
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from spec_stream.decode import Decoder
 from spec_stream.drafters.base import Accepted
@@ -22,7 +21,7 @@ def seconds(decoder: Decoder, state: DecodeState, count: int = 64) -> float:
 
   state: of `decoder.start`, whose caches the drafts read.
   """
-  args = (decoder.graphdef, decoder.weights, decoder.drafter, count, state)
+  args = (decoder.graph, decoder.weights, decoder.drafter, count, state)
   taken = []
   for _ in range(4):  # the first compiles
     begin = time.perf_counter()
@@ -31,10 +30,10 @@ def seconds(decoder: Decoder, state: DecodeState, count: int = 64) -> float:
   return min(taken[1:]) / count
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "drafter", "count"))
-def _drafts(graphdef, weights, drafter, count, state):
+@functools.partial(jax.jit, static_argnames=("graph", "drafter", "count"))
+def _drafts(graph, weights, drafter, count, state):
   """`count` drafts, one after the other, each with what a step would give."""
-  params, batch = nnx.merge(graphdef, weights), len(state.num_tokens)
+  params, batch = graph.merge(weights), len(state.num_tokens)
   config = params.target.config
   zeros = lambda *shape: jnp.zeros((batch, *shape), config.dtype)
   longest, streams = drafter.longest, drafter.num_streams

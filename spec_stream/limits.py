@@ -14,7 +14,6 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from spec_stream import decode, roofline, stages
 from spec_stream import step as steps
@@ -121,7 +120,7 @@ def of_step(decoder: decode.Decoder, batch: int = 1, length: int = 128) -> Step:
   )
 
   def step(weights, state):
-    params = nnx.merge(decoder.graphdef, weights)
+    params = decoder.graph.merge(weights)
     return steps.step(params, decoder.drafter, state)
 
   jaxpr = jax.make_jaxpr(step)(decoder.weights, state).jaxpr

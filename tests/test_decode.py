@@ -147,6 +147,24 @@ def training_batch(prompts, rows, size=32, places=16):
 # -- compilations ------------------------------------------------------------
 
 
+def test_models_alike_share_their_programs():
+  """Not those of another structure, though its weights have the same shapes."""
+  config, drafter = CASES["lossless"]
+  config = dataclasses.replace(config, dtype="float32", param_dtype="float32")
+  models = [random_model(config, seed) for seed in (0, 1)]
+  one, two = (Decoder(model, drafter) for model in models)
+  assert one.graph is two.graph
+  prompt, options = [5, 6, 7], dict(max_new_tokens=9)
+  expected = generate(models[1], [prompt], NoDraft(), **options)[0].token_ids
+  one.warm_up([prompt], **options)
+  count = Compilations()
+  state = two.finish(two.start([prompt], **options))
+  assert not count.count
+  assert np.asarray(state.tokens)[0, : len(expected)].tolist() == expected
+  other = dataclasses.replace(config, rope_theta=500.0)
+  assert Decoder(random_model(other, 0), drafter).graph is not one.graph
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("drafter", [NoDraft(), StreamDraft()], ids=repr)
 def test_a_second_prompt_compiles_nothing(drafter):

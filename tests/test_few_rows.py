@@ -117,7 +117,7 @@ def test_tokens(name, monkeypatch):
     one = {k: v[:1] if np.ndim(v) else v for k, v in options.items()}
     state = decoder.start(prompts[:1], **one)
     step = decode._step.lower(
-      decoder.graphdef, decoder.weights, decoder.drafter, state
+      decoder.graph, decoder.weights, decoder.drafter, state
     )
     calls = step.as_text().count(f"@{few_rows.TARGET}(")
     assert calls >= 4  # of a layer, at least

@@ -91,12 +91,11 @@ def test_what_is_for_a_gpu_runs_in_small(tmp_path):
   read = lambda name: [
     json.loads(line) for line in (tmp_path / "o" / name).open()
   ]
-  names = ["device", "steps-tiny", "lengths-tiny", "train", "benchmark"]
+  names = ["device", "steps-tiny", "train", "benchmark"]
   assert [x["stage"] for x in read("stages.jsonl")] == names
   assert all(x["exit_code"] == 0 for x in read("stages.jsonl"))
   assert all(x["identical"] in (1, None) for x in read("results.jsonl"))
   assert [x["tree_nodes"] for x in read("steps.jsonl")] == [1, 1, 4, 8]
-  assert [x["length"] for x in read("lengths.jsonl")] == [20, 60, 20, 60]
   wrong = subprocess.run(command[:1], capture_output=True, text=True)
   assert wrong.returncode == 2 and wrong.stderr.startswith("usage: ")
   again = subprocess.run(command, capture_output=True, text=True)

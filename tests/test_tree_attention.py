@@ -9,7 +9,6 @@ import jaxlib.version
 import numpy as np
 import pytest
 import tiny
-from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -185,7 +184,7 @@ def test_a_draft_model_is_suited_too(monkeypatch):
     weights.to_model(config, weights.init(config, seed)) for seed in (0, 1)
   )
   made = decode.Decoder(model, DraftModel(), own)
-  params = nnx.merge(made.graphdef, made.weights)
+  params = made.graph.merge(made.weights)
   kernels = lambda model: {block.attention.kernels for block in model.blocks}
   assert kernels(params.target) == kernels(params.own) == {("cpu",)}
   assert kernels(model) == kernels(own) == {()}  # the caller's stay

@@ -6,11 +6,10 @@
 #
 # Needs Python with the packages of setup.py and jax for CUDA, and no network
 # (PYTHON=... names another interpreter than python3). Writes to OUT, which must
-# be new or empty: a .log for each stage, steps.jsonl, lengths.jsonl and
-# results.jsonl (rows of the benchmarks), and stages.jsonl (name, exit code,
-# seconds of each stage). A stage that fails or runs out of its time does not
-# stop the next, and none is begun after 9 minutes; the exit code is 1 if one
-# failed.
+# be new or empty: a .log for each stage, steps.jsonl and results.jsonl (rows of
+# the benchmarks), and stages.jsonl (name, exit code, seconds of each stage). A
+# stage that fails or runs out of its time does not stop the next, and none is
+# begun after 9 minutes; the exit code is 1 if one failed.
 # --tiny: shapes for a try on a CPU.
 set -u
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -61,14 +60,6 @@ steps() { # NAME SECONDS SHAPE NODES, other arguments
     --shape="$shape" --nodes="$nodes" --stages --out="$out/steps.jsonl" "$@"
 }
 
-lengths() { # NAME SECONDS SHAPE LENGTHS NODES, other arguments
-  local name=$1 limit=$2 shape=$3 lengths=$4 nodes=$5
-  shift 5
-  stage "$name" "$limit" "$python" experiments/step_cost/lengths.py \
-    --shape="$shape" --slots=0 --lengths="$lengths" --nodes="$nodes" \
-    --out="$out/lengths.jsonl" "$@"
-}
-
 train() { # SECONDS, other arguments
   local limit=$1
   shift
@@ -90,7 +81,6 @@ if [ "$failed" = 1 ]; then
 fi
 if [ "$wanted" = any ]; then
   steps steps-tiny 120 tiny 4,8 --prompts=2 --new=8 --lengths=20
-  lengths lengths-tiny 120 tiny 20,60 4 --new=4 --rounds=1
   train 120 --config.train.steps=3 --config.train.save_every=3 \
     --config.model.width=64 --config.model.num_layers=2 \
     --config.model.ffw_dim=128 --config.data.seq_len=192 \
@@ -118,14 +108,10 @@ assert torch.cuda.is_available()' 2>/dev/null; then
     --config.data.batch_size=16 --config.model.dtype=bfloat16
   nodes=4,16 prompts=32
 fi
-stage benchmark 90 "$python" launch/benchmark.py --workdir="$out/run" \
-  --drafters=none,streams --tree_nodes="$nodes" --prompts="$prompts" --roofline
+stage benchmark 100 "$python" launch/benchmark.py --workdir="$out/run" \
+  --drafters=none,streams --tree_nodes="$nodes" --prompts="$prompts"
 if [ -f "$out/run/results.jsonl" ]; then
   cp "$out/run/results.jsonl" "$out/results.jsonl"
-fi
-if [ "$wanted" = gpu ]; then # if there is time
-  lengths lengths 75 1b 100,1000 16 --rounds=3
-  lengths lengths-dense 75 1b 1000 16 --rounds=3 --attention=dense
 fi
 cat "$out/stages.jsonl"
 exit "$failed"
