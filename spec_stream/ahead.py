@@ -157,20 +157,20 @@ def decoding(
   tokens; what is left of the cache's slots is for new ones.
   """
   drafter = drafter.resolve(model)
-  graph = []
+  graphs = []
 
   def folded(values):
     target = merge_lora(weights.to_model(model, values))
     decode.suit(target, list(mesh.devices.flat))
     params = Params(target)
-    graph.append(decode.Graph.split(params)[0])
+    graphs.append(decode.Graph.split(params)[0])
     return nnx.state(params)
 
   here = lambda tree: jax.tree.map(
     lambda x: _placed(x, NamedSharding(mesh, P())), tree
   )
   named = _by_rule(jax.eval_shape(folded, weights.shapes(model)), mesh)
-  graph, values = graph[0], jax.tree.leaves(named)
+  graph, values = graphs[0], jax.tree.leaves(named)  # in one order
   num_new = slots - prompt - drafter.longest
   if min(prompt, num_new) < 1:
     raise UserError(f"a cache of {slots} slots has no room for new tokens")

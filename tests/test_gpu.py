@@ -24,9 +24,9 @@ from spec_stream import (
   weights,
 )
 from spec_stream.decode import Decoder
-from spec_stream.models import attention, tree_attention_gpu
+from spec_stream.models import attention, lora, tree_attention_gpu
 from spec_stream.models.prune import Prune
-from spec_stream.models.transformer import causal_mask, forward
+from spec_stream.models.transformer import causal_mask, for_decoding, forward
 
 pytestmark = pytest.mark.gpu
 WIDE = dict(vocab_size=96, width=128, head_dim=32, ffw_dim=256)
@@ -64,13 +64,17 @@ def test_logits_are_those_of_a_cpu():
 
   def logits(device):
     with jax.default_device(device), jax.default_matmul_precision("highest"):
-      here = jax.device_put(model, device)
+      here = for_decoding(jax.device_put(model, device))
+      marks.append(here.blocks[0].ffw.down.out_first)
       mask = causal_mask(jax.device_put(np.ones_like(tokens), device))
       out = forward(here, jax.device_put(tokens, device), at, mask)
       return np.asarray(here.logits(out.main))
 
+  marks = []
   ours, theirs = (logits(jax.devices(kind)[0]) for kind in ("gpu", "cpu"))
   np.testing.assert_allclose(ours, theirs, atol=1e-4)
+  laid = lora.SMALL_ON in lora.platform_names(jax.devices("gpu")[:1])
+  assert marks[0] == ("cuda" if laid else "")
 
 
 SHAPES = [  # dtype, rows, groups, size, window, cap, programs

@@ -99,6 +99,15 @@ def test_the_largest_lie_in_the_runs_of_the_largest(size, tied):
   np.testing.assert_array_equal(values, np.take_along_axis(x, expected, 1))
 
 
+def test_parts_of_the_largest_need_no_sort_of_the_whole():
+  def parts(x):
+    values, indices = tree.top(x, 3)
+    return [(values[r, : 3 // (r + 1)], indices[r, :2]) for r in range(3)]
+
+  program = jax.jit(parts).lower(jnp.zeros((3, 4096))).compile().as_text()
+  assert "TopK" in program and " sort(" not in program
+
+
 @pytest.mark.parametrize(
   ("num_streams", "width", "num_nodes"), [(1, 9, 4), (3, 7, 8), (5, 63, 64)]
 )

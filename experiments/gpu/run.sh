@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that a GPU has to say, in one command on a bare machine, in 9 minutes at
+# What a GPU has to say, in one command on a bare machine, in 9 minutes at
 # most:
 #
 #   experiments/gpu/run.sh OUT [--tiny]

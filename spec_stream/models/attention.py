@@ -33,7 +33,7 @@ from spec_stream.models.layers import (
   rotation,
   wide,
 )
-from spec_stream.models.lora import Linear, names
+from spec_stream.models.lora import Linear, platform_names
 from spec_stream.models.scores import joined, scores
 from spec_stream.models.segments import SegmentRows
 
@@ -47,7 +47,7 @@ KERNEL_ON: tuple[str, ...] = ("cuda 9.0",)
 def kernels_on(devices) -> tuple[str, ...]:
   """The platform whose kernel is to read the cache of a model that lies on
   `devices`, or none: of one device alone, for XLA cannot split a kernel."""
-  found = names(devices)
+  found = platform_names(devices)
   if not {*found} & {*KERNEL_ON}:
     return ()
   platform = found[0]

@@ -21,10 +21,11 @@ from spec_stream.models.config import ModelConfig
 # eighth of it: experiments/step_cost. In some states of that machine smaller
 # ones lost by it with XLA, for one row.
 _LARGE = 2**20
-# Bytes of the largest kernel that it changes on SMALL_ON. Of one row and so
-# small a kernel XLA adds up the columns there, in two programs and at a fifth
-# of the memory's speed; one whose rows lie in one piece takes one program.
-# Larger ones do not gain, and with more rows lose a little (experiments/gpu).
+# Bytes of the largest kernel that it changes on SMALL_ON. Given one row, XLA
+# sums such a kernel by columns there, in two programs, which took up to five
+# times as long as memory needs; with the outputs first it takes one program.
+# Measured up to 10 MB, which gain, and from 22 MB on, which together do not and
+# lose a little with more rows (experiments/gpu).
 _SMALL, SMALL_ON = 2**24, "cuda 9.0"
 
 
@@ -45,7 +46,7 @@ def _of_two_rows(product, x):
 
 
 def matmul_out_first(
-  x: jax.Array, kernel: jax.Array, dtype=None, on: str = "cpu"
+  x: jax.Array, kernel: jax.Array, dtype, on: str
 ) -> jax.Array:
   """As `matmul`, of a kernel [*out, I], whose rows lie in one piece each; on:
   the platform that it was laid out for."""
@@ -182,7 +183,7 @@ class Linear(nnx.Module):
     self.lora_a = self.lora_b = None
 
   def gains(self, dtype: str, on: Sequence[str]) -> bool:
-    """Whether `lay_out` is to be called, as `gains` of its kernel says."""
+    """Whether `lay_out` is to be called; arguments as of the function."""
     quantised = self.kernel_scale is not None
     done = self.out_first or quantised
     return not done and gains(self.kernel[...], dtype, on)
@@ -198,7 +199,7 @@ class Linear(nnx.Module):
 def gains(kernel: jax.Array, dtype: str, on: Sequence[str]) -> bool:
   """Whether a kernel gains by having its outputs first, in `dtype`'s products.
 
-  on: `names` of the device where it lies.
+  on: `platform_names` of the device where it lies.
   """
   if "cpu" in on:
     return is_large(kernel, dtype)
@@ -206,7 +207,7 @@ def gains(kernel: jax.Array, dtype: str, on: Sequence[str]) -> bool:
 
 
 def is_large(kernel: jax.Array, dtype: str) -> bool:
-  """As `gains` of a kernel on a CPU.
+  """What `gains` says of a kernel on a CPU.
 
   Of the smaller of them `few_rows` is compiled here, if it was not before.
   """
@@ -221,13 +222,13 @@ def devices(x) -> set:
   return x.devices() if here else set()
 
 
-def names(devices) -> tuple[str, ...]:
+def platform_names(on) -> tuple[str, ...]:
   """Of one device: its platform, and "platform capability". Of several: none.
 
   A ROCm GPU too is "cuda" here.
   """
-  if len(devices) != 1:
+  if len(on) != 1:
     return ()
-  device = next(iter(devices))
+  device = next(iter(on))
   platform = {"gpu": "cuda"}.get(device.platform, device.platform)
   return platform, f"{platform} {getattr(device, 'compute_capability', '')}"

@@ -43,7 +43,7 @@ from spec_stream.models.layers import (
   softcap,
   wide,
 )
-from spec_stream.models.lora import Linear, devices, gains, names
+from spec_stream.models.lora import Linear, devices, gains, platform_names
 from spec_stream.models.prune import Pruner
 from spec_stream.models.segments import Segments, segment_rows
 from spec_stream.models.streams import Streams
@@ -372,17 +372,19 @@ def for_decoding(model: Transformer) -> Transformer:
 def lay_out(model: Transformer) -> Transformer:
   """A copy with its kernels as this device's products of few rows want them,
   which costs the memory of those that change (`lora.gains`) once more; the
-  model itself where none gains by it, as on several devices."""
+  model itself where none gains by it, as on several devices. To be called
+  where the model is to stay: what was laid out is not laid out anew."""
   table = model.embed.table[...]
   dtype = model.config.dtype
-  on = names(devices(table))
+  on = platform_names(devices(table))
   if not on:
     return model
   to_change = lambda model: [
     linear for linear in _linears(model) if linear.gains(dtype, on)
   ]
-  # A table has its outputs first as it is.
-  tied = on[0] if model.head is None and gains(table, dtype, on) else ""
+  # A table has its outputs first as it is: XLA needs telling on a CPU alone.
+  tied = model.head is None and "cpu" in on and gains(table, dtype, on)
+  tied = "cpu" if tied else ""
   if not to_change(model) and model.embed.out_first == tied:
     return model
   model = nnx.clone(model)
