@@ -213,20 +213,19 @@ def join(root: jax.Array, levels, num_nodes: int) -> TokenTree:
 def top(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
   """Largest k along the last axis; of equals, the one that stands first.
 
-  In two dimensions: XLA's CPU backend sorts anything of higher rank in full. On
-  a GPU it does so with more than 16 of any. All of them are asked for: where
-  parts of the result alone are read, XLA takes those from a sort of the whole.
+  In two dimensions: XLA's CPU backend sorts anything of higher rank in full,
+  and so it does where parts of the result alone are read, unless all of it is
+  asked for. On a GPU it sorts where more than 16 are wanted.
   """
   size, k = x.shape[-1], min(k, x.shape[-1])
   rows = x.reshape(-1, size)
   largest = lambda x: tuple(jax.lax.top_k(x, k))
+  # One by one: of a pair XLA makes what its own pass for top_k breaks off at.
+  whole = lambda x: tuple(map(jax.lax.optimization_barrier, largest(x)))
+  ways = {"cpu": whole}
   if k > 16 and size > 64 * k:
-    values, indices = jax.lax.platform_dependent(
-      rows, cuda=functools.partial(_top_of_runs, k=k), default=largest
-    )
-  else:
-    values, indices = largest(rows)
-  values, indices = jax.lax.optimization_barrier((values, indices))
+    ways["cuda"] = functools.partial(_top_of_runs, k=k)
+  values, indices = jax.lax.platform_dependent(rows, default=largest, **ways)
   shape = (*x.shape[:-1], k)
   return values.reshape(shape), indices.reshape(shape)
 
