@@ -58,10 +58,13 @@ def test_time_goes_to_the_scope_of_what_it_was_spent_for():
   config = dataclasses.replace(tiny.MODEL, vocab_size=64)
   model = weights.to_model(config, weights.init(config, 0))
   decoder = Decoder(model, NoDraft())
-  found = stages.milliseconds(decoder, [[5, 6], [7]], max_new_tokens=9)
-  assert {"verify/ffw", "verify/attend", "commit"} <= set(found)
-  assert all(ms > 0 for ms in found.values())
-  assert found.get("rest", 0) < sum(found.values()) / 4
+  shares = []
+  for _ in range(3):  # other work may stop an operation for a while
+    found = stages.milliseconds(decoder, [[5, 6], [7]], max_new_tokens=9)
+    assert {"verify/ffw", "verify/attend", "commit"} <= set(found)
+    assert all(ms > 0 for ms in found.values())
+    shares.append(found.get("rest", 0) / sum(found.values()))
+  assert min(shares) < 1 / 4
   assert stages.milliseconds(decoder, [[5, 6]], max_new_tokens=1) == {}
 
 
