@@ -151,10 +151,10 @@ def decoding(
   """-> (compiled prefill and loop, abstract weights by path, abstract state,
   FLOPs of one step).
 
-  As in `decode.Decoder` with all slots, but for the layout that large kernels
-  have on a CPU: adapters of shared mode are folded in, weights lie by the rules
-  of `sharding`, and the state where prefill leaves it. Prompts of `prompt`
-  tokens; what is left of the cache's slots is for new ones.
+  As in `decode.Decoder` with all slots, but for kernels that lie as they are
+  trained (see `transformer.lay_out`): adapters of shared mode are folded in,
+  weights lie by the rules of `sharding`, and the state where prefill leaves it.
+  Prompts of `prompt` tokens; what is left of the cache's slots is for new ones.
   """
   drafter = drafter.resolve(model)
   graphs = []

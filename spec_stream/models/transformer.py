@@ -383,8 +383,8 @@ def lay_out(model: Transformer) -> Transformer:
     linear for linear in _linears(model) if linear.gains(dtype, on)
   ]
   # A table has its outputs first as it is: XLA needs telling on a CPU alone.
-  tied = model.head is None and "cpu" in on and gains(table, dtype, on)
-  tied = "cpu" if tied else ""
+  by_table = model.head is None and "cpu" in on and gains(table, dtype, on)
+  tied = "cpu" if by_table else ""
   if not to_change(model) and model.embed.out_first == tied:
     return model
   model = nnx.clone(model)
