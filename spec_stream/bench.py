@@ -153,7 +153,7 @@ class Measured:
   recompiles: int = 0  # compilations while the clock ran
   draft_seconds: float = 0.0  # of one draft, the verification left out
   one_pass: bool | None = None  # see `Decoder.in_one_pass`
-  few_rows: bool = False  # see `Decoder.by_few_rows`
+  panels: bool = False  # see `Decoder.in_panels`
 
 
 def measure(
@@ -209,7 +209,7 @@ def measure(
       size,
       settings.refill,
       one_pass=d.in_one_pass(rows),
-      few_rows=d.by_few_rows(rows),
+      panels=d.in_panels(),
     )
     for m, d in zip(methods, decoders)
   ]

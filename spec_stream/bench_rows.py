@@ -12,8 +12,7 @@ step_ms, step_cost  one call of the compiled loop; in steps of the baseline
                     (not with refill, whose loop does prefills as well)
 one_pass            whether nodes carry streams as they are verified, in a full
                     batch: see `one_pass`
-few_rows            whether `few_rows` multiplies a full batch's nodes, with
-                    large kernels also (with small ones it takes more)
+panels              whether `panels` multiplies with the target's kernels
 draft_ms            one draft alone, in a loop of nothing else (without streams,
                     and the LM head where the step reads it once for all);
                     draft_share: of a step
@@ -83,7 +82,7 @@ def rows(
         "stream_position": model.config.streams.stream_position,
         **tree_fields(result.drafter),
         "one_pass": result.one_pass,
-        "few_rows": result.few_rows,
+        "panels": result.panels,
         "draft_length": result.drafter.longest - 1,
         "draft_from": method.source or None,
         "draft_ms": draft,

@@ -22,12 +22,12 @@ from spec_stream.cache import empty
 from spec_stream.drafters.base import Drafter, Params, check_rule
 from spec_stream.drafters.streams import StreamDraft
 from spec_stream.errors import UserError
-from spec_stream.models import attention, few_rows
+from spec_stream.models import attention
 from spec_stream.models.lora import devices
 from spec_stream.models.transformer import (
   Transformer,
   for_decoding,
-  uses_few_rows,
+  uses_panels,
 )
 from spec_stream.sampling import make as make_sampling
 from spec_stream.step import DecodeState, has_room, prefill, step
@@ -148,12 +148,9 @@ class Decoder:
     target = self.graph.merge(self.weights).target
     return one_pass.streams_on_nodes(target, self.drafter, batch) > 0
 
-  def by_few_rows(self, batch: int) -> bool:
-    """Whether `few_rows` multiplies the nodes of so many requests, with large
-    kernels also."""
-    target = self.graph.merge(self.weights).target
-    rows = batch * self.drafter.num_nodes
-    return rows <= few_rows.MOST and uses_few_rows(target)
+  def in_panels(self) -> bool:
+    """Whether kernels of the target lie in `panels`."""
+    return uses_panels(self.graph.merge(self.weights).target)
 
   def start(
     self, prompts: Sequence[Sequence[int]], *, grow: bool = True, **settings

@@ -14,7 +14,7 @@ from spec_stream.models.transformer import Transformer
 def most_rows(platform: str) -> int:
   """Nodes and streams, of all requests, up to which one pass is taken.
 
-  On a CPU as measured, with few_rows as with XLA's products, elsewhere by what
+  On a CPU as measured, with `panels` as with XLA's products, elsewhere by what
   the compiler for a v5e estimates: one pass is faster with 64 rows, two with
   512 (experiments/step_cost).
   """

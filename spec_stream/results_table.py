@@ -31,7 +31,7 @@ SETTINGS = {
   "kept_nodes": "nodes kept by pruning",
   "prune_threshold": "pruning threshold",
   "one_pass": "streams in the pass that verifies",
-  "few_rows": "few_rows.cc multiplies",
+  "panels": "panels.cc multiplies",
   "baseline": "timed against",
   "dtype": "dtype",
   "matmul_precision": "matmul precision",

@@ -12,7 +12,7 @@ import pytest
 from scripts import ROOT, script
 
 from spec_stream import UserError, buckets, one_pass
-from spec_stream.models import attention, few_rows, lora
+from spec_stream.models import attention, lora, panels
 
 
 def test_steps_are_measured_against_their_limits(tmp_path, capsys):
@@ -54,13 +54,13 @@ def test_steps_in_two_passes(tmp_path, monkeypatch):
   assert {r["attention"] for r in rows} == {"dense"}
 
 
-@pytest.mark.skipif(not few_rows.find_compiler(), reason="no C++ compiler")
+@pytest.mark.skipif(not panels.find_compiler(), reason="no C++ compiler")
 def test_steps_by_either_product(tmp_path, monkeypatch):
-  monkeypatch.setattr(few_rows, "is_ready", few_rows.is_ready)  # restores
+  monkeypatch.setattr(panels, "is_ready", panels.is_ready)  # restores
   monkeypatch.setattr(lora, "_LARGE", 0)
-  used, multiply = [], few_rows.matmul
-  count = lambda x, kernel: used.append(len(x)) or multiply(x, kernel)
-  monkeypatch.setattr(few_rows, "matmul", count)
+  used, multiply = [], panels.matmul
+  count = lambda x, *args: used.append(len(x)) or multiply(x, *args)
+  monkeypatch.setattr(panels, "matmul", count)
   steps = script("step_cost", "steps.py")
   out = tmp_path / "rows.jsonl"
   args = "--shape=tiny --lengths=20 --new=8 --prompts=2 --nodes=4".split()
@@ -73,7 +73,7 @@ def test_steps_by_either_product(tmp_path, monkeypatch):
   assert steps.main([*args, "--xla", f"--out={out}"]) == 0
   assert not used
   rows = [json.loads(line) for line in out.read_text().splitlines()]
-  assert [r["few_rows"] for r in rows] == 3 * [True] + 3 * [False]
+  assert [r["panels"] for r in rows] == 3 * [True] + 3 * [False]
   flops = [r["step_flops"] for r in rows]
   assert flops[:3] == flops[3:]
   jax.clear_caches()  # or others would find this one's programs
@@ -170,14 +170,14 @@ def test_ways_of_reading_a_cache_are_compiled(monkeypatch, capsys):
 @pytest.mark.parametrize("ready", [True, False])
 def test_products_are_timed_each_way(monkeypatch, capsys, ready):
   products = script("step_cost", "products.py")
-  monkeypatch.setattr(few_rows, "is_ready", lambda: ready)
+  monkeypatch.setattr(panels, "is_ready", lambda: ready)
   monkeypatch.setattr(products, "SIZES", ((4, 6),))
   monkeypatch.setattr(products, "HELD", 300)  # three kernels
   calls = []
   monkeypatch.setattr(
     products,
     "microseconds",
-    lambda way, kernels, rows: calls.append((rows, kernels)) or 7.0,
+    lambda way, kernels, x: calls.append((x.shape, kernels)) or 7.0,
   )
   assert products.main(["--rows=1,3"]) == 0
   said, lines = [], capsys.readouterr().out.splitlines()
@@ -186,9 +186,11 @@ def test_products_are_timed_each_way(monkeypatch, capsys, ready):
   assert ["no C++ compiler" in x for x in said] == [True] * (not ready)
   assert [line.split()[4:] for line in lines[1:]] == [
     ["in", "first", "7", "7"],
-    *[["few", "rows", "7", "7"]] * ready,
+    *[["panels", "7", "7"]] * ready,
     ["out", "first", "7", "7"],
     ["x", "W^T", "7", "7"],
   ]
+  assert [x for x, _ in calls] == [(1, 4), (3, 4)] * (3 + ready)
   shapes = [[k.shape for k in kernels] for _, kernels in calls]
-  assert shapes == 2 * [3 * [(4, 6)]] + (4 + 2 * ready) * [3 * [(6, 4)]]
+  ways = (4, 6), *[(1, 4, 32)] * ready, (6, 4), (6, 4)
+  assert shapes == [3 * [shape] for shape in ways for _ in range(2)]

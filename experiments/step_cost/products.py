@@ -5,8 +5,8 @@
 
 Kernels of a model's sizes, several so that none stays in a cache, multiplied
 one after the other in a compiled loop: microseconds each, the best of five.
-"in first": x W of W [I, out]. Of W [out, I]: "few rows", `few_rows.matmul`;
-"out first", `lora.rows_as_columns`; "x W^T", as it is written down.
+"in first": x W of W [I, out]; "panels", `panels.matmul`. Of W [out, I]: "out
+first", `lora.rows_as_columns`; "x W^T", as it is written down.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from spec_stream.models import few_rows
+from spec_stream.models import panels
 from spec_stream.models.lora import rows_as_columns
 from spec_stream.text_table import table
 
@@ -30,16 +30,23 @@ SIZES = (
 )
 HELD = 2**27  # bytes of all kernels of a size
 TURNS = 10
-WAYS = {
-  "in first": lambda x, kernel: x @ kernel,
-  "few rows": few_rows.matmul,
-  "out first": rows_as_columns,
-  "x W^T": lambda x, kernel: x @ kernel.T,
-}
 
 
-def microseconds(multiply, kernels, rows: int) -> float:
-  """Of one product of [rows, I] with each kernel."""
+def ways(first) -> dict:
+  """Of each way its product and the kernels [I, out] as it wants them."""
+  outputs = first[0].shape[1]
+  other = [kernel.T for kernel in first]
+  found = {"in first": (lambda x, kernel: x @ kernel, first)}
+  if panels.is_ready():
+    multiply = lambda x, kernel: panels.matmul(x, kernel, outputs)
+    found["panels"] = multiply, [panels.pack(kernel) for kernel in other]
+  found["out first"] = rows_as_columns, other
+  found["x W^T"] = (lambda x, kernel: x @ kernel.T), other
+  return found
+
+
+def microseconds(multiply, kernels, x) -> float:
+  """Of one product of x [R, I] with each kernel; I no more than outputs."""
 
   @jax.jit
   def run(x, kernels):
@@ -51,8 +58,7 @@ def microseconds(multiply, kernels, rows: int) -> float:
 
     return jax.lax.fori_loop(0, TURNS, turn, x)
 
-  inputs = min(kernels[0].shape)
-  x, found = jnp.ones((rows, inputs)), []
+  found = []
   for _ in range(6):  # the first compiles
     begin = time.perf_counter()
     jax.block_until_ready(run(x, kernels))
@@ -67,25 +73,21 @@ def main(argv: list[str]) -> int:
   parser.add_argument("--rows", default="1,4,8,16")
   args = parser.parse_args(argv)
   counts = [int(rows) for rows in args.rows.split(",")]
-  ways = dict(WAYS)
-  if not few_rows.is_ready():
-    print("no C++ compiler that can compile few_rows.cc: left out")
-    del ways["few rows"]
+  if not panels.is_ready():
+    print("no C++ compiler that can compile panels.cc: left out")
   columns = {name: [] for name in ("kernel", "MB", "way")}
   columns |= {f"{rows} rows, us": [] for rows in counts}
   for inputs, outputs in SIZES:
     size = 4 * inputs * outputs
     keys = jax.random.split(jax.random.key(0), max(HELD // size, 1))
     first = [jax.random.normal(key, (inputs, outputs)) for key in keys]
-    other = [kernel.T for kernel in first]
-    for name, multiply in ways.items():
+    for name, (multiply, kernels) in ways(first).items():
       columns["kernel"].append(f"{inputs} x {outputs}")
       columns["MB"].append(f"{size / 1e6:.1f}")
       columns["way"].append(name)
-      kernels = first if name == "in first" else other
       for rows in counts:
-        cell = f"{microseconds(multiply, kernels, rows):.0f}"
-        columns[f"{rows} rows, us"].append(cell)
+        cell = microseconds(multiply, kernels, jnp.ones((rows, inputs)))
+        columns[f"{rows} rows, us"].append(f"{cell:.0f}")
   print(table(columns, ("kernel", "way")))
   return 0
 

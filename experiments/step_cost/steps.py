@@ -30,7 +30,7 @@ from spec_stream import (
   weights,
 )
 from spec_stream.drafters.streams import StreamDraft
-from spec_stream.models import attention, few_rows
+from spec_stream.models import attention, panels
 from spec_stream.models.config import ModelConfig, StreamConfig
 from spec_stream.models.prune import Prune
 from spec_stream.models.transformer import for_decoding
@@ -156,7 +156,7 @@ def main(argv: list[str]) -> int:
   parser.add_argument(
     "--xla",
     action="store_true",
-    help="XLA's products on a CPU, also where few_rows could serve",
+    help="XLA's products on a CPU, not those of panels.cc",
   )
   parser.add_argument("--attention", **ATTENTION)
   parser.add_argument("--new", type=int, default=48, help="tokens to decode")
@@ -170,7 +170,7 @@ def main(argv: list[str]) -> int:
     one_pass.most_rows = lambda platform: args.one_pass_rows
   choose_attention(args.attention)
   if args.xla:
-    few_rows.is_ready = lambda: False
+    panels.is_ready = lambda: False
   numbers = lambda text: [int(x) for x in text.split(",")]
   config = SHAPES[args.shape]
   model = random_model(config)

@@ -5,8 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from spec_stream.models import panels
 from spec_stream.models.config import ModelConfig, RopeScaling
-from spec_stream.models.lora import Linear, matmul, matmul_out_first
+from spec_stream.models.lora import (
+  PANELS,
+  Linear,
+  lay_out,
+  matmul,
+  matmul_out_first,
+)
 
 
 def wide(dtype) -> jnp.dtype:
@@ -38,19 +45,21 @@ class Norm(nnx.Module):
 
 
 class Embed(nnx.Module):
-  """Token embeddings, [V, D]."""
+  """Token embeddings, [V, D]; `out_first` as of `lora.Linear`."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     self.dtype, self.multiplier = config.dtype, config.embed_scale
-    self.out_first = ""  # as of `lora.Linear`
+    self.out_first, self.vocab_size = "", config.vocab_size
     normal = jax.nn.initializers.normal(0.02, dtype=config.param_dtype)
     shape = (config.vocab_size, config.width)
     self.table = nnx.Param(normal(rngs.params(), shape))
 
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """[...] int32 -> [..., D]. Dead tree nodes (-1) read row 0."""
-    table = self.table[...]
-    x = table[jnp.maximum(tokens, 0)].astype(self.dtype)
+    table, tokens = self.table[...], jnp.maximum(tokens, 0)
+    in_panels = self.out_first == PANELS
+    x = panels.take(table, tokens) if in_panels else table[tokens]
+    x = x.astype(self.dtype)
     if self.multiplier != 1:
       x = x * jnp.asarray(self.multiplier, x.dtype)
     return x
@@ -58,9 +67,15 @@ class Embed(nnx.Module):
   def decode(self, hidden: jax.Array) -> jax.Array:
     """Tied LM head: [..., D] -> [..., V], float32 or wider."""
     table = self.table[...].astype(hidden.dtype)
-    if self.out_first:
-      return matmul_out_first(hidden, table, wide(hidden.dtype), self.out_first)
-    return matmul(hidden, table.T, wide(hidden.dtype))
+    dtype = wide(hidden.dtype)
+    if not self.out_first:
+      return matmul(hidden, table.T, dtype)
+    outputs = (self.vocab_size,)
+    return matmul_out_first(hidden, table, outputs, dtype, self.out_first)
+
+  def lay_out(self, laid: str):
+    """Lays out the table for the LM head, as `Linear.lay_out`."""
+    self.table, self.out_first = nnx.Param(lay_out(self.table[...], laid)), laid
 
 
 class Positions(nnx.Module):

@@ -14,19 +14,20 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from spec_stream.models import few_rows, quant
+from spec_stream.models import panels, quant
 from spec_stream.models.config import ModelConfig
 
-# Bytes of the smallest kernel that `lay_out` changes for XLA; for `few_rows` an
+# Bytes of the smallest kernel laid out for XLA on a CPU; for `panels` an
 # eighth of it: experiments/step_cost. In some states of that machine smaller
 # ones lost by it with XLA, for one row.
 _LARGE = 2**20
-# Bytes of the largest kernel that it changes on SMALL_ON. Given one row, XLA
+# Bytes of the largest kernel that is on SMALL_ON. Given one row, XLA
 # sums such a kernel by columns there, in two programs, which took up to five
 # times as long as memory needs; with the outputs first it takes one program.
 # Measured up to 10 MB, which gain, and from 22 MB on, which together do not and
 # lose a little with more rows (experiments/gpu).
 _SMALL, SMALL_ON = 2**24, "cuda 9.0"
+PANELS = "panels"
 
 
 def matmul(x: jax.Array, kernel: jax.Array, dtype=None) -> jax.Array:
@@ -46,22 +47,16 @@ def _of_two_rows(product, x):
 
 
 def matmul_out_first(
-  x: jax.Array, kernel: jax.Array, dtype, on: str
+  x: jax.Array, kernel: jax.Array, outputs: tuple[int, ...], dtype, laid: str
 ) -> jax.Array:
-  """As `matmul`, of a kernel [*out, I], whose rows lie in one piece each; on:
-  the platform that it was laid out for."""
-  outputs = kernel.shape[:-1]
+  """As `matmul`, of a kernel that `lay_out` made, for `laid`."""
   rows = x.reshape(-1, x.shape[-1])
-  kernel = kernel.reshape(-1, x.shape[-1])
-  on_cpu = on == "cpu"
-  if on_cpu and dtype in (None, x.dtype) and few_rows.serves(rows, kernel):
-    y = jax.lax.platform_dependent(
-      rows, kernel, cpu=few_rows.matmul, default=rows_as_columns
-    )
-  elif not on_cpu or kernel.size * kernel.dtype.itemsize < _LARGE:
-    y = jnp.dot(rows, kernel.T, preferred_element_type=dtype)
-  else:
+  if laid == PANELS:
+    y = panels.matmul(rows, kernel, math.prod(outputs))
+  elif laid == "cpu":
     y = rows_as_columns(rows, kernel, dtype)
+  else:
+    y = jnp.dot(rows, kernel.T, preferred_element_type=dtype)
   return y.reshape(*x.shape[:-1], *outputs)
 
 
@@ -88,7 +83,7 @@ class LoRAParam(nnx.Param):
 class Linear(nnx.Module):
   """x [..., *in] -> [..., *out]; kernel [*in, *out], bias [*out] or none.
 
-  With `out_first`, see `lay_out`, the kernel is [*out, I], I the inputs' size.
+  `out_first`: see `layout`; then the kernel is as `lay_out` makes it.
 
   Several projections of the same input stand side by side in one kernel, so
   that main and stream rows pass through one matrix product.
@@ -107,7 +102,7 @@ class Linear(nnx.Module):
     rngs: nnx.Rngs,
   ):
     self.inputs, self.outputs = inputs, outputs
-    self.out_first = ""  # the platform that it is laid out for
+    self.out_first = ""
     fan_in = math.prod(inputs)
     normal = jax.nn.initializers.normal(
       std or fan_in**-0.5, dtype=config.param_dtype
@@ -148,7 +143,7 @@ class Linear(nnx.Module):
     ins = len(self.inputs)
     if self.out_first:
       kernel = self.kernel[...].astype(x.dtype)
-      y = matmul_out_first(x, kernel, dtype, self.out_first)
+      y = matmul_out_first(x, kernel, self.outputs, dtype, self.out_first)
     elif self.kernel_scale is None:
       y = matmul(x, wide(self.kernel), dtype)
     elif len(self.kernel_scale[...]) == 1:  # of an output as a whole: it waits
@@ -182,38 +177,40 @@ class Linear(nnx.Module):
     self.kernel = nnx.Param((kernel.astype(wide) + delta).astype(kernel.dtype))
     self.lora_a = self.lora_b = None
 
-  def gains(self, dtype: str, on: Sequence[str]) -> bool:
-    """Whether `lay_out` is to be called; arguments as of the function."""
+  def layout(self, dtype: str, on: Sequence[str]) -> str:
+    """For what to lay it out; arguments as of the function."""
     quantised = self.kernel_scale is not None
     done = self.out_first or quantised
-    return not done and gains(self.kernel[...], dtype, on)
+    return "" if done else layout(self.kernel[...], dtype, on)
 
-  def lay_out(self, platform: str):
-    """Puts the outputs of the kernel first."""
-    kernel = self.kernel[...]
-    size = math.prod(self.inputs)
-    flat = jnp.moveaxis(kernel.reshape(size, *self.outputs), 0, -1)
-    self.kernel, self.out_first = nnx.Param(flat), platform
+  def lay_out(self, laid: str):
+    """Lays out the kernel for what `layout` said."""
+    flat = self.kernel[...].reshape(math.prod(self.inputs), -1)
+    self.kernel, self.out_first = nnx.Param(lay_out(flat.T, laid)), laid
 
 
-def gains(kernel: jax.Array, dtype: str, on: Sequence[str]) -> bool:
-  """Whether a kernel gains by having its outputs first, in `dtype`'s products.
+def layout(kernel: jax.Array, dtype: str, on: Sequence[str]) -> str:
+  """For what a kernel is to be laid out, that multiplies in `dtype`: PANELS,
+  the platform whose compiler wants its outputs first, or "", if it gains
+  nothing.
+
+  Of some of them the library of `panels` is compiled here, if it was not.
 
   on: `platform_names` of the device where it lies.
   """
   if "cpu" in on:
-    return is_large(kernel, dtype)
-  return SMALL_ON in on and kernel.nbytes <= _SMALL
+    in_float32 = dtype == str(kernel.dtype) == "float32"
+    if in_float32 and kernel.nbytes >= _LARGE // 8 and panels.is_ready():
+      return PANELS
+    return "cpu" if kernel.nbytes >= _LARGE else ""
+  gains = SMALL_ON in on and kernel.nbytes <= _SMALL
+  return on[0] if gains else ""
 
 
-def is_large(kernel: jax.Array, dtype: str) -> bool:
-  """What `gains` says of a kernel on a CPU.
-
-  Of the smaller of them `few_rows` is compiled here, if it was not before.
-  """
-  if not _LARGE // 8 <= kernel.nbytes < _LARGE:
-    return kernel.nbytes >= _LARGE
-  return dtype == str(kernel.dtype) == "float32" and few_rows.is_ready()
+def lay_out(kernel: jax.Array, laid: str) -> jax.Array:
+  """A kernel [O, I] for `laid`: as it is, its outputs in one piece each, or in
+  panels (`panels.pack`)."""
+  return panels.pack(kernel) if laid == PANELS else kernel
 
 
 def devices(x) -> set:

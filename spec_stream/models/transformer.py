@@ -25,7 +25,6 @@ from flax import nnx
 
 from spec_stream.cache import KV, KVCache, take
 from spec_stream.errors import UserError
-from spec_stream.models import few_rows
 from spec_stream.models.attention import (
   Attention,
   Rows,
@@ -43,7 +42,13 @@ from spec_stream.models.layers import (
   softcap,
   wide,
 )
-from spec_stream.models.lora import Linear, devices, gains, platform_names
+from spec_stream.models.lora import (
+  PANELS,
+  Linear,
+  devices,
+  layout,
+  platform_names,
+)
 from spec_stream.models.prune import Pruner
 from spec_stream.models.segments import Segments, segment_rows
 from spec_stream.models.streams import Streams
@@ -370,37 +375,33 @@ def for_decoding(model: Transformer) -> Transformer:
 
 
 def lay_out(model: Transformer) -> Transformer:
-  """A copy with its kernels as this device's products of few rows want them,
-  which costs the memory of those that change (`lora.gains`) once more; the
-  model itself where none gains by it, as on several devices. To be called
-  where the model is to stay: what was laid out is not laid out anew."""
-  table = model.embed.table[...]
-  dtype = model.config.dtype
-  on = platform_names(devices(table))
+  """A copy with its kernels as this device's products want them, which costs
+  the memory of those that change (`lora.layout`) once more; the model itself
+  where none gains by it, as on several devices. To be called where the model is
+  to stay: what was laid out is not laid out anew."""
+  on = platform_names(devices(model.embed.table[...]))
   if not on:
     return model
-  to_change = lambda model: [
-    linear for linear in _linears(model) if linear.gains(dtype, on)
-  ]
-  # A table has its outputs first as it is: XLA needs telling on a CPU alone.
-  by_table = model.head is None and "cpu" in on and gains(table, dtype, on)
-  tied = "cpu" if by_table else ""
-  if not to_change(model) and model.embed.out_first == tied:
+
+  def wanted(model):
+    dtype, embed = model.config.dtype, model.embed
+    found = [(linear, linear.layout(dtype, on)) for linear in _linears(model)]
+    # A table has its outputs first as it is: XLA needs telling on a CPU alone.
+    if model.head is None and not embed.out_first and "cpu" in on:
+      found.append((embed, layout(embed.table[...], dtype, on)))
+    return [(module, laid) for module, laid in found if laid]
+
+  if not wanted(model):
     return model
   model = nnx.clone(model)
-  model.embed.out_first = tied
-  for linear in to_change(model):
-    linear.lay_out(on[0])
+  for module, laid in wanted(model):
+    module.lay_out(laid)
   return model
 
 
-def uses_few_rows(model: Transformer) -> bool:
-  """Whether `few_rows` multiplies few rows of a model that is laid out."""
-  return (
-    any(x.out_first == "cpu" for x in (model.embed, *_linears(model)))
-    and model.config.dtype == model.config.param_dtype == "float32"
-    and few_rows.is_ready()
-  )
+def uses_panels(model: Transformer) -> bool:
+  """Whether `panels.matmul` multiplies with any of its kernels."""
+  return any(x.out_first == PANELS for x in (model.embed, *_linears(model)))
 
 
 def _linears(model: Transformer):

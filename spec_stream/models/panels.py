@@ -1,12 +1,13 @@
-"""Products of few rows on a CPU, at the speed of its memory.
+"""Products on a CPU in float32, of kernels that lie in panels.
 
 XLA's library for CPUs packs a kernel anew in each call, so that four rows take
-1.4 times as long as one although they read no more. `few_rows.cc` does not. It
-is compiled for this machine by its C++ compiler, the first time that a decoding
-asks for it, and kept in the user's cache folder. The compiler
-is $CXX or, if that is not set, the first of c++, g++ and clang++; where there
-is none (CXX= makes it so), XLA's products stay. experiments/step_cost has the
-times of both.
+1.4 times as long as one although they read no more. Here it is packed once,
+when the model is made ready: a panel is WIDTH outputs, of each input in turn
+the weights of all of them. `panels.cc` multiplies such kernels. It is compiled
+for this machine by its C++ compiler, the first time that a decoding asks for
+it, and kept in the user's cache folder. The compiler is $CXX or, if that is not
+set, the first of c++, g++ and clang++; where there is none (CXX= makes it so),
+XLA's products stay. experiments/step_cost has the times of both.
 """
 
 import ctypes
@@ -38,14 +39,9 @@ def _features() -> str:
   return next(found, platform.processor())
 
 
-# Most rows of a kernel of SMALL bytes and more, and of a smaller one: with more
-# XLA is as fast (experiments/step_cost). Registers half as wide, and half as
-# many, multiply too slowly for as many rows.
-SMALL = 2**20
-_IS_NARROW = "avx2" in _features() and "avx512f" not in _features()
-MOST, MOST_OF_SMALL = 8 if _IS_NARROW else 24, 64
+WIDTH = 32  # outputs of a panel
 
-TARGET = "spec_stream_few_rows"
+TARGET = "spec_stream_panels"
 _SOURCE = pathlib.Path(__file__).with_suffix(".cc")
 _FLAGS = (
   "-O3",
@@ -61,23 +57,36 @@ _FLAGS = (
 )
 
 
-def serves(x: jax.Array, kernel: jax.Array) -> bool:
-  """Whether `matmul` is to multiply x [R, I] with kernel [O, I]."""
-  most = MOST if kernel.size * 4 >= SMALL else MOST_OF_SMALL
-  return (
-    x.shape[0] <= most and x.dtype == kernel.dtype == jnp.float32 and is_ready()
-  )
+def pack(kernel: jax.Array) -> jax.Array:
+  """[O, I] -> panels [P, I, WIDTH], P = O / WIDTH, rounded up; the last one is
+  filled up with zeros."""
+  panels = -(-len(kernel) // WIDTH)
+  kernel = jnp.pad(kernel, ((0, panels * WIDTH - len(kernel)), (0, 0)))
+  return kernel.reshape(panels, WIDTH, -1).swapaxes(1, 2)
 
 
-def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """x [R, I] times kernel [O, I] -> [R, O], float32, on a CPU alone.
+def take(panels: jax.Array, outputs: jax.Array) -> jax.Array:
+  """The weights [..., I] of outputs [...], as they were given to `pack`."""
+  return panels[outputs // WIDTH, :, outputs % WIDTH]
 
-  A row of the result does not depend, to the bit, on how many others there are.
-  Neither differentiated nor split over devices. Needs `is_ready`.
+
+def matmul(x: jax.Array, panels: jax.Array, outputs: int) -> jax.Array:
+  """x [R, I] times panels [P, I, WIDTH] of O outputs -> [R, O], float32.
+
+  On a CPU, where it needs `is_ready`, a row of the result does not depend, to
+  the bit, on how many others there are. Neither differentiated nor split over
+  devices.
   """
-  y = jax.ShapeDtypeStruct((x.shape[0], kernel.shape[0]), jnp.float32)
-  call = jax.ffi.ffi_call(TARGET, y, vmap_method="sequential")
-  return call(x, kernel)
+  y = jax.ShapeDtypeStruct((x.shape[0], outputs), jnp.float32)
+  here = jax.ffi.ffi_call(TARGET, y, vmap_method="sequential")
+  elsewhere = functools.partial(by_xla, outputs=outputs)
+  return jax.lax.platform_dependent(x, panels, cpu=here, default=elsewhere)
+
+
+def by_xla(x: jax.Array, panels: jax.Array, outputs: int) -> jax.Array:
+  """As `matmul`, of a model that was moved to another platform: slower."""
+  kernel = panels.swapaxes(0, 1).reshape(x.shape[1], -1)
+  return x @ kernel[:, :outputs]
 
 
 @functools.cache
@@ -119,7 +128,7 @@ def find_compiler() -> list[str]:
 
 
 def compile_for(compiler: Sequence[str], folder: pathlib.Path) -> pathlib.Path:
-  """few_rows.cc as a library in `folder`, compiled or found there.
+  """panels.cc as a library in `folder`, compiled or found there.
 
   Raises: OSError, subprocess.SubprocessError.
   """
@@ -129,7 +138,7 @@ def compile_for(compiler: Sequence[str], folder: pathlib.Path) -> pathlib.Path:
   # A home may be shared by unlike machines, and `native` is this one.
   for part in (_SOURCE.read_text(), *about, platform.platform(), _features()):
     key.update(part.encode() + b"\0")
-  library = folder / f"few_rows-{key.hexdigest()[:16]}.so"
+  library = folder / f"panels-{key.hexdigest()[:16]}.so"
   if library.exists():
     return library
   folder.mkdir(parents=True, exist_ok=True)
@@ -152,11 +161,11 @@ def _load(compiler: Sequence[str], folder: pathlib.Path | None):
   load = lambda folder: ctypes.CDLL(str(compile_for(compiler, folder)))
   if folder is not None:
     try:
-      return load(folder).SpecStreamFewRows
+      return load(folder).SpecStreamPanels
     except OSError:  # it cannot be written, or what lies there be loaded
       pass
   with tempfile.TemporaryDirectory() as own:  # for this process alone
-    return load(pathlib.Path(own)).SpecStreamFewRows
+    return load(pathlib.Path(own)).SpecStreamPanels
 
 
 def _folder() -> pathlib.Path | None:
