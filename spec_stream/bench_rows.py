@@ -12,7 +12,7 @@ step_ms, step_cost  one call of the compiled loop; in steps of the baseline
                     (not with refill, whose loop does prefills as well)
 one_pass            whether nodes carry streams as they are verified, in a full
                     batch: see `one_pass`
-panels              whether `panels` multiplies with the target's kernels
+panels              whether kernels of the target lie in `panels`
 draft_ms            one draft alone, in a loop of nothing else (without streams,
                     and the LM head where the step reads it once for all);
                     draft_share: of a step

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -23,6 +24,7 @@ from spec_stream import decode, roofline
 from spec_stream.decode import Decoder, generate
 from spec_stream.drafters.none import NoDraft
 from spec_stream.models import lora, panels, transformer
+from spec_stream.models.layers import Embed
 
 # One that is there and cannot compile it makes these fail.
 compiled = pytest.mark.skipif(
@@ -126,12 +128,35 @@ def test_tokens(name, monkeypatch):
       decoder.graph, decoder.weights, decoder.drafter, state
     )
     calls = step.as_text().count(f"@{panels.TARGET}(")
-    assert calls >= 4  # of a layer, at least
+    assert calls > 4 * config.num_layers  # those of a layer, and the LM head
     fast = generate(laid, prompts, drafter, **options)
     found = differences(model, prompts, plain, fast, options)
     assert all(x.margin < 1e-4 for x in found), list(map(str, found))
     accepted += sum(sum(x.accepts[1:]) for x in fast)
   assert accepted
+
+
+@compiled
+def test_a_tied_table(monkeypatch):
+  """Of 19 tokens, which fill no panel."""
+  assert panels.is_ready()
+  embed = Embed(tiny.MODEL, rngs=nnx.Rngs(0))
+  tokens, width = jnp.array([[0, 18, -1]]), tiny.MODEL.width
+  laid = nnx.clone(embed)
+  laid.lay_out(lora.PANELS)
+  assert laid.table.shape == (1, width, panels.WIDTH)
+  np.testing.assert_array_equal(laid(tokens), embed(tokens))
+  np.testing.assert_array_equal(laid(tokens)[0, 2], embed(tokens)[0, 0])
+  hidden = jnp.asarray(random(4, width, 1)[0])[None]
+  logits = embed.decode(hidden)
+  assert logits.shape == (1, 4, tiny.MODEL.vocab_size)
+  np.testing.assert_allclose(laid.decode(hidden), logits, atol=1e-5)
+
+
+def test_no_other_dtype():
+  x, kernel = random(2, 4, 32)
+  with pytest.raises(TypeError, match="bfloat16 rows, float32 panels"):
+    panels.matmul(x.astype(jnp.bfloat16), panels.pack(kernel), 32)
 
 
 # -- the compiler --------------------------------------------------------------

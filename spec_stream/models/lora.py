@@ -21,7 +21,7 @@ from spec_stream.models.config import ModelConfig
 # eighth of it: experiments/step_cost. In some states of that machine smaller
 # ones lost by it with XLA, for one row.
 _LARGE = 2**20
-# Bytes of the largest kernel that is on SMALL_ON. Given one row, XLA
+# Bytes of the largest kernel laid out on SMALL_ON. Given one row, XLA
 # sums such a kernel by columns there, in two programs, which took up to five
 # times as long as memory needs; with the outputs first it takes one program.
 # Measured up to 10 MB, which gain, and from 22 MB on, which together do not and

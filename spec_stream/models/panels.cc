@@ -3,8 +3,8 @@
 // outputs: of each input in turn the weights of all of them, [O / kWidth, I,
 // kWidth], so that a sum never leaves its lane and the kernel is read in order.
 //
-// W passes through once and is packed nowhere. A piece of a panel that fits
-// into a core's nearest cache is multiplied with all rows while the next one is
+// For each kBlock rows W passes through once. A piece of a panel that fits into
+// a core's nearest cache is multiplied with all of them while the next one is
 // on its way (prefetched, a few lines with each step of the loop). A row's sums
 // are taken in the same order however many others there are.
 //
@@ -115,7 +115,8 @@ struct Piece {
 // meanwhile prefetches `lines` lines with each kSteps inputs. Never inlined: in
 // a function of many tiles GCC keeps the sums of some in memory.
 template <int rows, int vectors>
-__attribute__((noinline)) void Tile(const Piece& p, int64_t row, int at, const float*& next, int lines) {
+__attribute__((noinline)) void Tile(const Piece& p, int64_t row, int at,
+                                    const float*& next, int lines) {
   const float *x = p.x + row * p.inputs, *w = p.w + at;
   Vector sums[rows][vectors];
 #pragma GCC unroll 12
@@ -228,17 +229,16 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x,
     std::fill(out, out + rows * outputs, 0.0f);
     return ffi::Error::Success();
   }
-  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
   // A part in one piece for each thread, so that it reads on and on.
-  const int64_t part =
-      std::max(Up(panels, threads), Up(kLeast, inputs * kWidth));
-  const int64_t parts = Up(panels, part);
+  const int64_t parts = std::clamp<int64_t>(
+      panels * inputs * kWidth / kLeast, 1,
+      std::min<int64_t>(panels, std::max<int64_t>(1, pool.num_threads())));
   // A thread may come when all is done, and this call is over: what it needs
   // to find that out is its own.
   auto progress = std::make_shared<Progress>();
   auto work = [=] {
     for (int64_t p; (p = progress->taken.fetch_add(1)) < parts;) {
-      const int64_t from = p * part, to = std::min(panels, from + part);
+      const int64_t from = panels * p / parts, to = panels * (p + 1) / parts;
       for (int64_t row = 0; row < rows; row += kBlock) {
         Panels(rows_in + row * inputs, weights, out + row * outputs,
                std::min(kBlock, rows - row), inputs, outputs, from, to);

@@ -57,6 +57,7 @@ _FLAGS = (
 )
 
 
+@jax.jit
 def pack(kernel: jax.Array) -> jax.Array:
   """[O, I] -> panels [P, I, WIDTH], P = O / WIDTH, rounded up; the last one is
   filled up with zeros."""
@@ -66,7 +67,10 @@ def pack(kernel: jax.Array) -> jax.Array:
 
 
 def take(panels: jax.Array, outputs: jax.Array) -> jax.Array:
-  """The weights [..., I] of outputs [...], as they were given to `pack`."""
+  """The weights [..., I] of outputs [...], as they were given to `pack`.
+
+  Each comes from a cache line of its own, so this is for few outputs.
+  """
   return panels[outputs // WIDTH, :, outputs % WIDTH]
 
 
@@ -76,7 +80,11 @@ def matmul(x: jax.Array, panels: jax.Array, outputs: int) -> jax.Array:
   On a CPU, where it needs `is_ready`, a row of the result does not depend, to
   the bit, on how many others there are. Neither differentiated nor split over
   devices.
+
+  Raises: TypeError of another dtype.
   """
+  if not x.dtype == panels.dtype == jnp.float32:
+    raise TypeError(f"{x.dtype} rows, {panels.dtype} panels: not float32")
   y = jax.ShapeDtypeStruct((x.shape[0], outputs), jnp.float32)
   here = jax.ffi.ffi_call(TARGET, y, vmap_method="sequential")
   elsewhere = functools.partial(by_xla, outputs=outputs)

@@ -370,7 +370,10 @@ def merge_lora(model: Transformer) -> Transformer:
 
 def for_decoding(model: Transformer) -> Transformer:
   """A copy as decoding is fastest: adapters folded in, kernels laid out; the
-  model itself where there is nothing to do, so that it may be done early."""
+  model itself where there is nothing to do, so that it may be done early.
+
+  It is not to be saved or trained: `lay_out` changes shapes of its weights.
+  """
   return lay_out(merge_lora(model))
 
 
