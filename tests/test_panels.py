@@ -48,7 +48,7 @@ def random(rows, inputs, outputs):
 
 
 @compiled
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
   rows=st.integers(1, 110),  # in blocks of 48
   inputs=st.integers(1, 1100),  # in pieces of 128
@@ -76,7 +76,7 @@ def test_a_row_does_not_depend_on_the_others(inputs, outputs):
   assert panels.is_ready()
   x, kernel = random(100, inputs, outputs)
   together = np.asarray(product(x, kernel))
-  for rows in (*range(1, 25), 47, 48, 49, 96, 97):
+  for rows in (*range(1, 14), 16, 24, 47, 48, 49, 97):
     alone = product(x[-rows:], kernel)
     np.testing.assert_array_equal(alone, together[-rows:])
 
