@@ -137,7 +137,7 @@ def test_tokens(name, monkeypatch):
 
 
 @compiled
-def test_a_tied_table(monkeypatch):
+def test_a_tied_table():
   """Of 19 tokens, which fill no panel."""
   assert panels.is_ready()
   embed = Embed(tiny.MODEL, rngs=nnx.Rngs(0))

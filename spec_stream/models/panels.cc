@@ -174,8 +174,7 @@ void Tiles(const Piece& p, int64_t rows, const float* next, bool ahead) {
   for (int at = 0; at < kWidth; at += vectors * kLanes) {
     for (int64_t a = 0; a < along; ++a, ++tile) {
       const int64_t row = rows * a / along, end = rows * (a + 1) / along;
-      const int lines =
-          kLines * (tile + 1) / tiles - kLines * tile / tiles;
+      const int lines = kLines * (tile + 1) / tiles - kLines * tile / tiles;
       TileOf<most, vectors>(end - row, p, row, at, next, ahead ? lines : 0);
     }
   }
@@ -196,7 +195,7 @@ void Panels(const float* x, const float* w, float* y, int64_t rows,
       const Piece piece{x + i,  begin + i * kWidth, y + panel * kWidth, n,
                         inputs, outputs,            left,               i == 0};
       const float* next = piece.w + n * kWidth;
-      // One row alone is no slower than the machine's own prefetching.
+      // With one row alone the machine's own prefetching does as well.
       const bool last = i + n == inputs && panel + 1 == to;
       const bool ahead = rows > 1 && !last;
       if constexpr (kWide) {
