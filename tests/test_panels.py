@@ -84,6 +84,7 @@ def test_a_row_does_not_depend_on_the_others(inputs, outputs):
 @compiled
 def test_what_is_not_finite_stays_in_its_row_and_output():
   """Beyond the last output a panel is zeros, which make NaN of infinity."""
+  assert panels.is_ready()
   x, kernel = random(3, 20, 33)
   x[1, 4], kernel[32, 7] = np.inf, np.nan
   bad = ~np.isfinite(product(x, kernel))
