@@ -124,7 +124,8 @@ class StreamDraft(Drafter):
   def propose(self, params: Params, state, accepted: Accepted):
     target, logits = params.target, accepted.stream_logits
     if logits is None:
-      logits = target.logits(accepted.streams[:, : self.stream_depth])
+      streams = accepted.streams[:, : self.stream_depth]
+      logits = target.logits(streams, drafts=True)
     if self.rule == "rejection" and self.num_nodes > 1:
       return self._drawn(logits, accepted)
     if target.config.streams.correction_rank:

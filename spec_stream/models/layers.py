@@ -66,10 +66,9 @@ class Embed(nnx.Module):
 
   def decode(self, hidden: jax.Array) -> jax.Array:
     """Tied LM head: [..., D] -> [..., V], float32 or wider."""
-    table = self.table[...].astype(hidden.dtype)
-    dtype = wide(hidden.dtype)
+    table, dtype = self.table[...], wide(hidden.dtype)
     if not self.out_first:
-      return matmul(hidden, table.T, dtype)
+      return matmul(hidden, table.astype(hidden.dtype).T, dtype)
     outputs = (self.vocab_size,)
     return matmul_out_first(hidden, table, outputs, dtype, self.out_first)
 

@@ -54,8 +54,9 @@ def matmul_out_first(
   if laid == PANELS:
     y = panels.matmul(rows, kernel, math.prod(outputs))
   elif laid == "cpu":
-    y = rows_as_columns(rows, kernel, dtype)
+    y = rows_as_columns(rows, kernel.astype(x.dtype), dtype)
   else:
+    kernel = kernel.astype(x.dtype)
     y = jnp.dot(rows, kernel.T, preferred_element_type=dtype)
   return y.reshape(*x.shape[:-1], *outputs)
 
@@ -142,8 +143,10 @@ class Linear(nnx.Module):
     wide = lambda w: w[...].astype(x.dtype).reshape(x.shape[-1], *w.shape[ins:])
     ins = len(self.inputs)
     if self.out_first:
-      kernel = self.kernel[...].astype(x.dtype)
-      y = matmul_out_first(x, kernel, self.outputs, dtype, self.out_first)
+      kernel, laid = self.kernel[...], self.out_first
+      y = matmul_out_first(x, kernel, self.outputs, dtype, laid)
+      if self.kernel_scale is not None:
+        y = y * self.kernel_scale[...][0]
     elif self.kernel_scale is None:
       y = matmul(x, wide(self.kernel), dtype)
     elif len(self.kernel_scale[...]) == 1:  # of an output as a whole: it waits
@@ -179,14 +182,21 @@ class Linear(nnx.Module):
 
   def layout(self, dtype: str, on: Sequence[str]) -> str:
     """For what to lay it out; arguments as of the function."""
+    laid = "" if self.out_first else layout(self.kernel[...], dtype, on)
     quantised = self.kernel_scale is not None
-    done = self.out_first or quantised
-    return "" if done else layout(self.kernel[...], dtype, on)
+    return "" if quantised and laid != PANELS else laid
 
   def lay_out(self, laid: str):
     """Lays out the kernel for what `layout` said."""
     flat = self.kernel[...].reshape(math.prod(self.inputs), -1)
     self.kernel, self.out_first = nnx.Param(lay_out(flat.T, laid)), laid
+
+  def round_to_8_bits(self):
+    """The kernel, in float32 and in panels: see `panels.in_8_bits`."""
+    kernel, scale = panels.in_8_bits(self.kernel[...])
+    scale = scale[: math.prod(self.outputs)].reshape(1, *self.outputs)
+    self.kernel = nnx.Param(kernel)
+    self.kernel_scale = nnx.data(nnx.Param(scale))  # was None
 
 
 def layout(kernel: jax.Array, dtype: str, on: Sequence[str]) -> str:
@@ -199,8 +209,8 @@ def layout(kernel: jax.Array, dtype: str, on: Sequence[str]) -> str:
   on: `platform_names` of the device where it lies.
   """
   if "cpu" in on:
-    in_float32 = dtype == str(kernel.dtype) == "float32"
-    if in_float32 and kernel.nbytes >= _LARGE // 8 and panels.is_ready():
+    serves = dtype == "float32" and kernel.dtype in panels.DTYPES
+    if serves and kernel.nbytes >= _LARGE // 8 and panels.is_ready():
       return PANELS
     return "cpu" if kernel.nbytes >= _LARGE else ""
   gains = SMALL_ON in on and kernel.nbytes <= _SMALL

@@ -41,6 +41,8 @@ def _features() -> str:
 
 WIDTH = 32  # outputs of a panel
 
+DTYPES = (jnp.float32, jnp.int8)  # of kernels
+
 TARGET = "spec_stream_panels"
 _SOURCE = pathlib.Path(__file__).with_suffix(".cc")
 _FLAGS = (
@@ -66,6 +68,15 @@ def pack(kernel: jax.Array) -> jax.Array:
   return kernel.reshape(panels, WIDTH, -1).swapaxes(1, 2)
 
 
+@jax.jit
+def in_8_bits(panels: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Panels of float32 -> of int8, and how much 1 is in each output, float32
+  [P WIDTH]: the largest weight of an output is 127 or -127."""
+  one = jnp.abs(panels).max(1, keepdims=True) / 127
+  rounded = jnp.round(panels / jnp.where(one > 0, one, 1))
+  return rounded.astype(jnp.int8), one.reshape(-1)
+
+
 def take(panels: jax.Array, outputs: jax.Array) -> jax.Array:
   """The weights [..., I] of outputs [...], as they were given to `pack`.
 
@@ -75,16 +86,19 @@ def take(panels: jax.Array, outputs: jax.Array) -> jax.Array:
 
 
 def matmul(x: jax.Array, panels: jax.Array, outputs: int) -> jax.Array:
-  """x [R, I] times panels [P, I, WIDTH] of O outputs -> [R, O], float32.
+  """x [R, I] times panels [P, I, WIDTH] of O outputs -> [R, O].
 
-  On a CPU, where it needs `is_ready`, a row of the result does not depend, to
-  the bit, on how many others there are. Neither differentiated nor split over
-  devices.
+  x and the result are float32, panels of one of DTYPES. On a CPU, where it
+  needs `is_ready`, a row of the result does not depend, to the bit, on how many
+  others there are. Neither differentiated nor split over devices.
 
   Raises: TypeError of another dtype.
   """
-  if not x.dtype == panels.dtype == jnp.float32:
-    raise TypeError(f"{x.dtype} rows, {panels.dtype} panels: not float32")
+  if x.dtype != jnp.float32 or panels.dtype not in DTYPES:
+    raise TypeError(
+      f"{x.dtype} rows, {panels.dtype} panels: rows are to be float32, panels "
+      "float32 or int8"
+    )
   y = jax.ShapeDtypeStruct((x.shape[0], outputs), jnp.float32)
   here = jax.ffi.ffi_call(TARGET, y, vmap_method="sequential")
   elsewhere = functools.partial(by_xla, outputs=outputs)
@@ -93,7 +107,7 @@ def matmul(x: jax.Array, panels: jax.Array, outputs: int) -> jax.Array:
 
 def by_xla(x: jax.Array, panels: jax.Array, outputs: int) -> jax.Array:
   """As `matmul`, of a model that was moved to another platform: slower."""
-  kernel = panels.swapaxes(0, 1).reshape(x.shape[1], -1)
+  kernel = panels.astype(x.dtype).swapaxes(0, 1).reshape(x.shape[1], -1)
   return x @ kernel[:, :outputs]
 
 

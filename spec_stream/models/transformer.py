@@ -25,6 +25,7 @@ from flax import nnx
 
 from spec_stream.cache import KV, KVCache, take
 from spec_stream.errors import UserError
+from spec_stream.models import coarse
 from spec_stream.models.attention import (
   Attention,
   Rows,
@@ -86,6 +87,10 @@ class Block(nnx.Module):
         y = self.post_ffw_norm(y)
       return x + y, kv
 
+  def linears(self) -> tuple[Linear, ...]:
+    attention, ffw = self.attention, self.ffw
+    return attention.qkv, attention.out, ffw.gate_up, ffw.down
+
 
 class Transformer(nnx.Module):
   """Weights; `forward` runs them. Stream modules exist if J > 0."""
@@ -112,14 +117,19 @@ class Transformer(nnx.Module):
     prunes = some and streams.prune_rank > 0
     self.pruner = Pruner(config, rngs=rngs) if prunes else None
     self.drafter = nnx.data(None)  # weights of a drafter: see `weights`
+    self.coarse = nnx.data(None)  # see `lay_out`
 
-  def logits(self, hidden: jax.Array) -> jax.Array:
-    """Final-normed hidden [B, R, D] -> logits [B, R, V], float32 or wider."""
+  def logits(self, hidden: jax.Array, drafts: bool = False) -> jax.Array:
+    """Final-normed hidden [B, R, D] -> logits [B, R, V], float32 or wider.
+
+    drafts: by the copy of the LM head that drafts may use, where there is one.
+    """
+    head = self.coarse.head if drafts and self.coarse else self.head
     with jax.named_scope("head"):
-      if self.head is None:
+      if head is None:
         logits = self.embed.decode(hidden)
       else:
-        logits = self.head(hidden, dtype=wide(hidden.dtype))
+        logits = head(hidden, dtype=wide(hidden.dtype))
       logits = softcap(logits, self.config.logit_softcap)
       if known := self.config.known_tokens:
         # A finite number, so that a probability of 0 times it is 0.
@@ -281,7 +291,8 @@ def forward_streams(
   """The streams of one committed token in each row, without main rows.
 
   What `forward` gives as streams of that token, for a main stream that does not
-  attend to its streams: they read what it left in the cache.
+  attend to its streams: they read what it left in the cache. By `Coarse` copies
+  of the layers where the model has them, so nearly that.
 
   Args:
     model: the weights.
@@ -301,9 +312,10 @@ def forward_streams(
   }
   with jax.named_scope("insert_streams"):
     x = model.streams(early[:, None], num_streams)[:, 0]
-  for layer in top:
+  blocks = model.coarse.blocks if model.coarse else model.blocks[top.start :]
+  for layer, block in zip(top, blocks, strict=True):
     kind, old = rows[config.slides(layer)], cache.layers[layer]
-    x, _ = model.blocks[layer](x, kind, old, cache.length, 0)
+    x, _ = block(x, kind, old, cache.length, 0)
   return model.final_norm(x)
 
 
@@ -379,9 +391,10 @@ def for_decoding(model: Transformer) -> Transformer:
 
 def lay_out(model: Transformer) -> Transformer:
   """A copy with its kernels as this device's products want them, which costs
-  the memory of those that change (`lora.layout`) once more; the model itself
-  where none gains by it, as on several devices. To be called where the model is
-  to stay: what was laid out is not laid out anew."""
+  the memory of those that change (`lora.layout`) once more, and with those that
+  streams alone may use beside them (`coarse.copies`); the model itself where
+  none gains by it, as on several devices. To be called where the model is to
+  stay: what was laid out is not laid out anew."""
   on = platform_names(devices(model.embed.table[...]))
   if not on:
     return model
@@ -399,6 +412,8 @@ def lay_out(model: Transformer) -> Transformer:
   model = nnx.clone(model)
   for module, laid in wanted(model):
     module.lay_out(laid)
+  head = model.head or model.embed
+  model.coarse = coarse.copies(model.config, model.blocks, head)
   return model
 
 
@@ -408,16 +423,8 @@ def uses_panels(model: Transformer) -> bool:
 
 
 def _linears(model: Transformer):
-  return [
-    linear
-    for block in model.blocks
-    for linear in (
-      block.attention.qkv,
-      block.attention.out,
-      block.ffw.gate_up,
-      block.ffw.down,
-    )
-  ] + ([model.head] if model.head else [])
+  linears = [linear for block in model.blocks for linear in block.linears()]
+  return linears + ([model.head] if model.head else [])
 
 
 def num_params(model: nnx.Module, *kinds) -> int:
