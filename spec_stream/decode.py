@@ -108,7 +108,8 @@ def suit(model: Transformer, to):
   A drafter's model (`draft_model`) is suited too, of which the kernel reads
   what the draft catches up with; one that is no Transformer (EAGLE's) is not.
   """
-  model.one_pass_rows = one_pass.most_rows(next(iter(to)).platform)
+  platform, coarse = next(iter(to)).platform, model.coarse is not None
+  model.one_pass_rows = one_pass.most_rows(platform, coarse)
   kernels = attention.kernels_on(to)
   for block in model.blocks:
     block.attention.kernels = kernels

@@ -11,13 +11,16 @@ from spec_stream.drafters.base import Drafter
 from spec_stream.models.transformer import Transformer
 
 
-def most_rows(platform: str) -> int:
+def most_rows(platform: str, coarse: bool) -> int:
   """Nodes and streams, of all requests, up to which one pass is taken.
 
-  On a CPU as measured, with `panels` as with XLA's products, elsewhere by what
-  the compiler for a v5e estimates: one pass is faster with 64 rows, two with
-  512 (experiments/step_cost).
+  coarse: whether the streams' own pass reads `Coarse` copies: then it costs
+  less than the rows it spares. On a CPU as measured, elsewhere by what the
+  compiler for a v5e estimates: one pass is faster with 64 rows, two with 512
+  (experiments/step_cost).
   """
+  if coarse:
+    return 0
   return 16 if platform == "cpu" else 128
 
 

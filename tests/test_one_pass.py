@@ -80,9 +80,9 @@ def test_streams_of_a_committed_token(x64, name, num_streams):
 
 def test_when_a_step_takes_one_pass(x64, monkeypatch):
   """By the rows of all nodes and streams that count, of all requests."""
-  assert one_pass.most_rows("cpu") < one_pass.most_rows("tpu")
+  assert one_pass.most_rows("cpu", False) < one_pass.most_rows("tpu", False)
   name = "lossless, fewer streams"  # 4 of 6 nodes are kept, 2 of 3 streams
-  monkeypatch.setattr(one_pass, "most_rows", lambda _: 24)
+  monkeypatch.setattr(one_pass, "most_rows", lambda *_: 24)
   decoder = Decoder(random_model(CASES[name][0], 1), CASES[name][1])
   assert decoder.in_one_pass(2) and not decoder.in_one_pass(3)
   config, drafter = CASES["shared, main attends"]
@@ -98,7 +98,7 @@ def test_what_a_step_multiplies(x64, monkeypatch, name):
   model = random_model(config, 1)
   flops = []
   for most in (0, 10**6):
-    monkeypatch.setattr(one_pass, "most_rows", lambda _, most=most: most)
+    monkeypatch.setattr(one_pass, "most_rows", lambda *_, most=most: most)
     flops.append(limits.of_step(Decoder(model, drafter), 1, 9).flops)
   two, one = flops
   rows = (drafter.tree.num_nodes - 1) * config.streams.num_streams
@@ -129,7 +129,7 @@ def test_drafts_by_one_pass_or_two(x64, monkeypatch, name):
   prompts, options = random_requests(4, 2)
   found = []
   for most in (0, 10**6):
-    monkeypatch.setattr(one_pass, "most_rows", lambda _, most=most: most)
+    monkeypatch.setattr(one_pass, "most_rows", lambda *_, most=most: most)
     decoder = Decoder(model, drafter)
     assert decoder.drafter.stream_depth
     assert decoder.in_one_pass(2) == (most > 0 or config.streams.attends)

@@ -69,7 +69,7 @@ def test_time_goes_to_the_scope_of_what_it_was_spent_for():
 
 
 def test_streams_after_acceptance_count_by_themselves(monkeypatch):
-  monkeypatch.setattr(one_pass, "most_rows", lambda _: 0)
+  monkeypatch.setattr(one_pass, "most_rows", lambda *_: 0)
   streams = StreamConfig(2, 1, mode="lossless")
   config = dataclasses.replace(tiny.MODEL, vocab_size=64, streams=streams)
   model = weights.to_model(config, weights.init(config, 0))

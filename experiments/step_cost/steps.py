@@ -167,7 +167,7 @@ def main(argv: list[str]) -> int:
   parser.add_argument("--out", default="", help=".jsonl file to add rows to")
   args = parser.parse_args(argv)
   if args.one_pass_rows is not None:
-    one_pass.most_rows = lambda platform: args.one_pass_rows
+    one_pass.most_rows = lambda *_: args.one_pass_rows
   choose_attention(args.attention)
   if args.xla:
     panels.is_ready = lambda: False

@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
   )
   args = parser.parse_args(argv)
   if args.one_pass_rows is not None:
-    one_pass.most_rows = lambda platform: args.one_pass_rows
+    one_pass.most_rows = lambda *_: args.one_pass_rows
   shape = SHAPES[args.shape]
   shape = dataclasses.replace(shape, num_layers=args.layers or shape.num_layers)
   mesh = ahead.make_mesh(args.target)

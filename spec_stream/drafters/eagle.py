@@ -180,7 +180,7 @@ class EagleDraft(TreeDrafter):
 
     return cached.propose(
       run,
-      params.target.logits,
+      functools.partial(params.target.logits, drafts=True),
       state,
       tokens,
       own.features(accepted.hidden, accepted.taps),
