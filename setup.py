@@ -21,7 +21,7 @@ setup(
   description="Speculative Streaming (arXiv 2402.11131) in JAX and Flax",
   license="Apache-2.0",
   packages=find_packages(include=["spec_stream", "spec_stream.*"]),
-  package_data={"spec_stream.models": ["panels.cc"]},
+  package_data={"spec_stream.models": ["*.cc", "*.h"]},
   python_requires=">=3.11",  # what jax 0.10.2 supports
   install_requires=[
     *JAX_AND_FLAX,

@@ -30,7 +30,7 @@ from spec_stream.decode import Decoder, path_of
 from spec_stream.drafters import registry
 from spec_stream.drafters.base import Drafter, attached
 from spec_stream.errors import UserError
-from spec_stream.models import panels
+from spec_stream.models import native
 from spec_stream.models.config import ModelConfig
 from spec_stream.models.prune import Prune
 from spec_stream.models.transformer import Transformer, for_decoding
@@ -305,7 +305,7 @@ def of_run(
     "device": task.device_words(),
     "jax": jax.__version__,
     "commit": checkpoints.git_commit(),  # a time is that of the code timed
-    "panels": jax.default_backend() == "cpu" and panels.is_ready(),
+    "panels": jax.default_backend() == "cpu" and native.is_ready(),
     "matmul_precision": str(jax.config.jax_default_matmul_precision),
   }
   own = {name: x for name, (x, _) in drafters.items()}

@@ -23,12 +23,12 @@ from random_models import (
 from spec_stream import decode, roofline
 from spec_stream.decode import Decoder, generate
 from spec_stream.drafters.none import NoDraft
-from spec_stream.models import lora, panels, transformer
+from spec_stream.models import lora, native, panels, transformer
 from spec_stream.models.layers import Embed
 
 # One that is there and cannot compile it makes these fail.
 compiled = pytest.mark.skipif(
-  not panels.find_compiler(), reason="there is no C++ compiler"
+  not native.find_compiler(), reason="there is no C++ compiler"
 )
 
 
@@ -58,7 +58,7 @@ def random(rows, inputs, outputs):
 @example(rows=1, inputs=1, outputs=1)
 @example(rows=97, inputs=256, outputs=64)
 def test_product(rows, inputs, outputs):
-  assert panels.is_ready()
+  assert native.is_ready()
   x, kernel = random(rows, inputs, outputs)
   right = x.astype(np.float64) @ kernel.T.astype(np.float64)
   # The error of a sum of n terms of any sign grows as the root of n.
@@ -73,7 +73,7 @@ def test_product(rows, inputs, outputs):
 )
 def test_a_row_does_not_depend_on_the_others(inputs, outputs):
   """Not in its last bit."""
-  assert panels.is_ready()
+  assert native.is_ready()
   x, kernel = random(100, inputs, outputs)
   together = np.asarray(product(x, kernel))
   for rows in (*range(1, 14), 16, 24, 47, 48, 49, 97):
@@ -84,7 +84,7 @@ def test_a_row_does_not_depend_on_the_others(inputs, outputs):
 @compiled
 def test_what_is_not_finite_stays_in_its_row_and_output():
   """Beyond the last output a panel is zeros, which make NaN of infinity."""
-  assert panels.is_ready()
+  assert native.is_ready()
   x, kernel = random(3, 20, 33)
   x[1, 4], kernel[32, 7] = np.inf, np.nan
   bad = ~np.isfinite(product(x, kernel))
@@ -140,7 +140,7 @@ def test_tokens(name, monkeypatch):
 @compiled
 def test_a_tied_table():
   """Of 19 tokens, which fill no panel."""
-  assert panels.is_ready()
+  assert native.is_ready()
   embed = Embed(tiny.MODEL, rngs=nnx.Rngs(0))
   tokens, width = jnp.array([[0, 18, -1]]), tiny.MODEL.width
   laid = nnx.clone(embed)
@@ -167,7 +167,7 @@ def test_no_other_dtype():
 def fresh(monkeypatch, tmp_path):
   """A cache folder of its own, and no process that has compiled before."""
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-  return panels.is_ready.__wrapped__
+  return native.is_ready.__wrapped__
 
 
 def script(folder, text):
@@ -180,14 +180,14 @@ def script(folder, text):
 def test_without_a_compiler(fresh, monkeypatch, tmp_path):
   monkeypatch.setenv("PATH", str(tmp_path))
   monkeypatch.delenv("CXX", raising=False)
-  assert panels.find_compiler() == [] and not fresh()
+  assert native.find_compiler() == [] and not fresh()
   own = script(tmp_path, "exit 1")
-  assert panels.find_compiler() == [own]
+  assert native.find_compiler() == [own]
   for none in ("", "no_such_compiler"):  # the others are not asked
     monkeypatch.setenv("CXX", none)
-    assert panels.find_compiler() == [] and not fresh()
+    assert native.find_compiler() == [] and not fresh()
   monkeypatch.setenv("CXX", "c++ -O1")
-  assert panels.find_compiler() == ["c++", "-O1"]
+  assert native.find_compiler() == ["c++", "-O1"]
   assert not (tmp_path / "cache").exists()
 
 
@@ -213,13 +213,13 @@ COPY = 'while [ "$1" != -o ]; do shift; done; echo "$#" >> "$0.log"; touch "$2"'
 def test_it_is_compiled_once(monkeypatch, tmp_path):
   new, compiler = tmp_path / "new", script(tmp_path, COPY)
   calls = lambda: len((tmp_path / "c++.log").read_text().splitlines())
-  made = panels.compile_for([compiler], new)
-  assert panels.compile_for([compiler], new) == made
+  made = native.compile_for([compiler], new)
+  assert native.compile_for([compiler], new) == made
   assert list(new.iterdir()) == [made] and calls() == 1
   # Other flags, or another processor, make another one.
-  assert panels.compile_for([compiler, "-O1"], new) != made
-  monkeypatch.setattr(panels, "_features", lambda: "flags: none")
-  assert panels.compile_for([compiler], new) != made
+  assert native.compile_for([compiler, "-O1"], new) != made
+  monkeypatch.setattr(native, "_features", lambda: "flags: none")
+  assert native.compile_for([compiler], new) != made
   assert calls() == 3
 
 
@@ -227,7 +227,7 @@ def test_it_is_compiled_once(monkeypatch, tmp_path):
 def test_where_nothing_can_be_kept(tmp_path):
   """Then it is compiled for the process alone."""
   (tmp_path / "file").write_text("")
-  assert panels._load(panels.find_compiler(), tmp_path / "file" / "new")
+  assert native._load(native.find_compiler(), tmp_path / "file" / "new")
 
 
 def test_sizes_that_are_laid_out(monkeypatch):
@@ -235,14 +235,14 @@ def test_sizes_that_are_laid_out(monkeypatch):
   eighth = jnp.zeros((256, 128))  # 128 KiB
   layout = lambda x, dtype="float32": lora.layout(x, dtype, ("cpu", "cpu "))
   for ready in (True, False):
-    monkeypatch.setattr(panels, "is_ready", lambda ready=ready: ready)
+    monkeypatch.setattr(native, "is_ready", lambda ready=ready: ready)
     large = jnp.zeros((512, 1024), jnp.bfloat16)
     assert layout(eighth) == ("panels" if ready else "")
     assert layout(large.astype("float32")) == ("panels" if ready else "cpu")
     assert not layout(eighth, "bfloat16")
     assert not layout(eighth.astype(jnp.bfloat16), "bfloat16")
     assert layout(large, "bfloat16") == layout(large, "float32") == "cpu"
-  monkeypatch.setattr(panels, "is_ready", None)  # and none is compiled
+  monkeypatch.setattr(native, "is_ready", None)  # and none is compiled
   assert not layout(eighth[1:])
 
 
@@ -252,7 +252,7 @@ def test_sizes_that_are_laid_out(monkeypatch):
 )
 def test_sizes_that_are_laid_out_on_a_gpu(capability, count, laid, monkeypatch):
   """The small ones, of one device that was measured; none in panels."""
-  monkeypatch.setattr(panels, "is_ready", None)
+  monkeypatch.setattr(native, "is_ready", None)
   device = types.SimpleNamespace(platform="gpu", compute_capability=capability)
   on = lora.platform_names(count * [device])
   for dtype in ("float32", "bfloat16"):

@@ -12,7 +12,7 @@ import pytest
 from scripts import ROOT, script
 
 from spec_stream import UserError, buckets, one_pass
-from spec_stream.models import attention, lora, panels
+from spec_stream.models import attention, lora, native, panels
 
 
 def test_steps_are_measured_against_their_limits(tmp_path, capsys):
@@ -54,9 +54,9 @@ def test_steps_in_two_passes(tmp_path, monkeypatch):
   assert {r["attention"] for r in rows} == {"dense"}
 
 
-@pytest.mark.skipif(not panels.find_compiler(), reason="no C++ compiler")
+@pytest.mark.skipif(not native.find_compiler(), reason="no C++ compiler")
 def test_steps_by_either_product(tmp_path, monkeypatch):
-  monkeypatch.setattr(panels, "is_ready", panels.is_ready)  # restores
+  monkeypatch.setattr(native, "is_ready", native.is_ready)  # restores
   monkeypatch.setattr(lora, "_LARGE", 0)
   used, multiply = [], panels.matmul
   count = lambda x, *args: used.append(len(x)) or multiply(x, *args)
@@ -170,7 +170,7 @@ def test_ways_of_reading_a_cache_are_compiled(monkeypatch, capsys):
 @pytest.mark.parametrize("ready", [True, False])
 def test_products_are_timed_each_way(monkeypatch, capsys, ready):
   products = script("step_cost", "products.py")
-  monkeypatch.setattr(panels, "is_ready", lambda: ready)
+  monkeypatch.setattr(native, "is_ready", lambda: ready)
   monkeypatch.setattr(products, "SIZES", ((4, 6),))
   monkeypatch.setattr(products, "HELD", 300)  # three kernels
   calls = []

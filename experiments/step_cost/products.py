@@ -16,7 +16,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from spec_stream.models import panels
+from spec_stream.models import native, panels
 from spec_stream.models.lora import rows_as_columns
 from spec_stream.text_table import table
 
@@ -37,7 +37,7 @@ def ways(first) -> dict:
   outputs = first[0].shape[1]
   other = [kernel.T for kernel in first]
   found = {"in first": (lambda x, kernel: x @ kernel, first)}
-  if panels.is_ready():
+  if native.is_ready():
     multiply = lambda x, kernel: panels.matmul(x, kernel, outputs)
     found["panels"] = multiply, [panels.pack(kernel) for kernel in other]
   found["out first"] = rows_as_columns, other
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
   parser.add_argument("--rows", default="1,4,8,16")
   args = parser.parse_args(argv)
   counts = [int(rows) for rows in args.rows.split(",")]
-  if not panels.is_ready():
+  if not native.is_ready():
     print("no C++ compiler that can compile panels.cc: left out")
   columns = {name: [] for name in ("kernel", "MB", "way")}
   columns |= {f"{rows} rows, us": [] for rows in counts}

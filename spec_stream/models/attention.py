@@ -39,9 +39,14 @@ from spec_stream.models.segments import SegmentRows
 
 # Kernels that read the cache, by platform, and where they do so: on devices
 # where a step measured faster by them, "platform" or "platform capability".
-# That is an H100 (experiments/gpu); the one for a TPU was not measured.
-KERNELS = {"tpu": "tree_attention", "cuda": "tree_attention_gpu"}
-KERNEL_ON: tuple[str, ...] = ("cuda 9.0",)
+# That is an H100 (experiments/gpu), and a CPU (experiments/step_cost); the one
+# for a TPU was not measured.
+KERNELS = {
+  "tpu": "tree_attention",
+  "cuda": "tree_attention_gpu",
+  "cpu": "tree_attention_cpu",
+}
+KERNEL_ON: tuple[str, ...] = ("cuda 9.0", "cpu")
 
 
 def kernels_on(devices) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from spec_stream.models import panels, quant
+from spec_stream.models import native, panels, quant
 from spec_stream.models.config import ModelConfig
 
 # Bytes of the smallest kernel laid out for XLA on a CPU; for `panels` an
@@ -210,7 +210,7 @@ def layout(kernel: jax.Array, dtype: str, on: Sequence[str]) -> str:
   """
   if "cpu" in on:
     serves = dtype == "float32" and kernel.dtype in panels.DTYPES
-    if serves and kernel.nbytes >= _LARGE // 8 and panels.is_ready():
+    if serves and kernel.nbytes >= _LARGE // 8 and native.is_ready():
       return PANELS
     return "cpu" if kernel.nbytes >= _LARGE else ""
   gains = SMALL_ON in on and kernel.nbytes <= _SMALL

@@ -1,0 +1,227 @@
+// What the kernels for a CPU share: registers, tiles of a product whose sums
+// stay in them, and threads. Compiled with each kernel, see native.py.
+
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <type_traits>
+
+#if defined(__AVX__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include "xla/ffi/api/ffi.h"
+
+namespace spec_stream {
+
+// Lanes of a register; rows and registers' worth of outputs of a tile, whose
+// sums stay in registers while it is added up: AVX-512 and ARM have 32 of them,
+// AVX and SSE 16.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kRows = 12, kVectors = 2;
+#elif defined(__AVX__)
+constexpr int kLanes = 8, kRows = 6, kVectors = 2;
+#elif defined(__aarch64__)
+constexpr int kLanes = 4, kRows = 12, kVectors = 2;
+#else
+constexpr int kLanes = 4, kRows = 6, kVectors = 2;
+#endif
+constexpr int64_t kLine = 64;  // bytes
+constexpr int kSteps = 8;       // inputs between two turns of prefetching
+
+typedef float Vector __attribute__((vector_size(kLanes * 4)));
+
+inline Vector Load(const float* from) {
+  Vector x;
+  std::memcpy(&x, from, sizeof(x));
+  return x;
+}
+
+inline Vector Load(const int8_t* from) {
+#if defined(__AVX512F__)
+  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return (Vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x));
+#elif defined(__AVX2__)
+  const __m128i x = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  return (Vector)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x));
+#else
+  typedef int8_t Small __attribute__((vector_size(kLanes)));
+  Small x;
+  std::memcpy(&x, from, sizeof(x));
+  return __builtin_convertvector(x, Vector);  // GCC: lane by lane
+#endif
+}
+
+inline void Store(Vector x, float* to) { std::memcpy(to, &x, sizeof(x)); }
+
+// Keeps what was loaded in a register: GCC else loads it again for each product
+// with it, and a core loads no faster than it multiplies.
+inline Vector Kept(Vector x) {
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(x));
+#elif defined(__AVX__)
+  __asm__("" : "+x"(x));
+#endif
+  return x;
+}
+
+// a b + c, rounded once where the machine can. Said so, and nothing left to the
+// compiler (-ffp-contract=off): GCC fuses in some tiles and not in others, and
+// a row's sums would depend on how many there are.
+inline Vector MultiplyAdd(Vector a, Vector b, Vector c) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX__) && defined(__FMA__)
+  return (Vector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (Vector)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
+// Adds one input's products to the sums. x: of the tile's first row; apart: from
+// one row to the next.
+template <int rows, int vectors, typename Weight>
+inline void Step(const float* x, const Weight* w, int64_t apart,
+                 Vector (&sums)[rows][vectors]) {
+  const auto row = [=](int r) { return Kept(x[r * apart] - Vector{}); };
+  const auto weights = [=](int v) { return Kept(Load(w + v * kLanes)); };
+  // Of the two the fewer stay in registers; -0 - 0 is -0.
+  if constexpr (rows < vectors) {
+    Vector each[rows];
+#pragma GCC unroll 12
+    for (int r = 0; r < rows; ++r) each[r] = row(r);
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      const Vector all = weights(v);
+#pragma GCC unroll 12
+      for (int r = 0; r < rows; ++r) {
+        sums[r][v] = MultiplyAdd(each[r], all, sums[r][v]);
+      }
+    }
+  } else {
+    Vector each[vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) each[v] = weights(v);
+#pragma GCC unroll 12
+    for (int r = 0; r < rows; ++r) {
+      const Vector all = row(r);
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) {
+        sums[r][v] = MultiplyAdd(all, each[v], sums[r][v]);
+      }
+    }
+  }
+}
+
+// Rows of x times w, [n, outputs]: x is `apart` from row to row, w `width` from
+// input to input, y, where the sums go, `to` from row to row.
+template <typename Weight, typename Width>
+struct Factors {
+  const float* x;
+  const Weight* w;
+  float* y;
+  int64_t n, apart;
+  Width width, to;
+};
+
+// Adds the products of `rows` rows from `row` on, in outputs from `at` on, to y;
+// prefetches `lines` lines with each kSteps inputs, from `next` on -> up to
+// where. Never inlined: in a function of many tiles GCC keeps the sums of some
+// in memory.
+template <int rows, int vectors, typename Weight, typename Width>
+__attribute__((noinline)) const char* Tile(const Factors<Weight, Width>& f,
+                                           int64_t row, int64_t at,
+                                           const char* next, int lines) {
+  const float* x = f.x + row * f.apart;
+  const Weight* w = f.w + at;
+  float* y = f.y + row * f.to + at;
+  Vector sums[rows][vectors];
+#pragma GCC unroll 12
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) sums[r][v] = Vector{};
+  }
+  int64_t i = 0;
+  for (; i + kSteps <= f.n; i += kSteps) {
+    for (int line = 0; line < lines; ++line, next += kLine) {
+      __builtin_prefetch(next);
+    }
+#pragma GCC unroll 8
+    for (int k = 0; k < kSteps; ++k) {
+      Step<rows, vectors>(x + i + k, w + (i + k) * f.width, f.apart, sums);
+    }
+  }
+  for (; i < f.n; ++i) {
+    Step<rows, vectors>(x + i, w + i * f.width, f.apart, sums);
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      float* to = y + r * f.to + v * kLanes;
+      Store(Load(to) + sums[r][v], to);
+    }
+  }
+  return next;
+}
+
+// As Tile, of a number of rows that is known now, at most `most`.
+template <int most, int vectors, typename... Args>
+const char* TileOf(int64_t rows, const Args&... args) {
+  if constexpr (most > 1) {
+    if (rows < most) return TileOf<most - 1, vectors>(rows, args...);
+  }
+  return Tile<most, vectors>(args...);
+}
+
+inline int64_t Up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// What the threads of a call share. One may come when all is done and the call
+// is over: what it needs to find that out is no other's.
+struct Shared {
+  std::atomic<int64_t> ends{0}, done{0};
+  std::unique_ptr<std::atomic<int64_t>[]> taken;  // of each stretch
+};
+
+// Calls work(i, next) for each i below `count`, by `threads` of the pool, of
+// which the caller is one. Each stretch of numbers is worked on from both its
+// ends, so that a thread reads on and on, and none waits for one that began
+// late. next: what this thread will work on then, if no other does (and if it
+// is one of them).
+template <typename Work>
+void Share(xla::ffi::ThreadPool& pool, int64_t count, int64_t threads,
+           const Work& work) {
+  threads = std::clamp<int64_t>(threads, 1, std::max<int64_t>(1, count));
+  threads = std::min(threads, std::max<int64_t>(1, pool.num_threads()));
+  const int64_t stretches = Up(threads, 2);
+  auto shared = std::make_shared<Shared>();
+  shared->taken.reset(new std::atomic<int64_t>[stretches]());
+  const auto all = [=] {
+    for (int64_t e; (e = shared->ends.fetch_add(1)) < 2 * stretches;) {
+      const int64_t s = e / 2, way = e % 2 ? -1 : 1;
+      const int64_t from = count * s / stretches;
+      const int64_t to = count * (s + 1) / stretches;
+      int64_t i = e % 2 ? to - 1 : from, done = 0;
+      for (; shared->taken[s].fetch_add(1) < to - from; i += way, ++done) {
+        work(i, i + way);
+      }
+      shared->done.fetch_add(done, std::memory_order_release);
+    }
+  };
+  for (int64_t t = 1; t < threads; ++t) pool.Schedule([all] { all(); });
+  all();
+  while (shared->done.load(std::memory_order_acquire) < count) {
+    std::this_thread::yield();
+  }
+}
+
+}  // namespace spec_stream
