@@ -111,7 +111,8 @@ def suit(model: Transformer, to):
   platform, coarse = next(iter(to)).platform, model.coarse is not None
   model.one_pass_rows = one_pass.most_rows(platform, coarse)
   kernels = attention.kernels_on(to)
-  for block in model.blocks:
+  copies = model.coarse.blocks if model.coarse else ()
+  for block in (*model.blocks, *copies):
     block.attention.kernels = kernels
 
 

@@ -20,7 +20,8 @@ namespace {
 using Queries = ffi::Buffer<ffi::F32, 5>;  // [B, R, K, G, H]
 
 constexpr int64_t kBlock = 48;       // rows with their query heads, at once
-constexpr double kLeast = 1 << 20;  // FLOPs worth a thread of their own
+constexpr double kLeast = 1 << 17;  // FLOPs worth a thread of their own
+constexpr int64_t kAhead = 1 << 16;  // bytes of keys, or values, to prefetch
 constexpr float kNever = -1e30f;     // score of what a row may not attend to
 
 typedef int32_t Whole __attribute__((vector_size(kLanes * 4)));
@@ -47,16 +48,21 @@ inline Vector Exp(Vector x) {
   return x < All(-87.0f) ? Vector{} : y;
 }
 
-// y += x w, w [n, outputs] `width` apart; of any number of outputs.
+// y += x w, w [n, outputs] `width` apart; of any number of outputs. Meanwhile
+// prefetches `bytes` from `next` on.
 void Multiply(const float* x, int64_t rows, int64_t apart, const float* w,
-              int64_t n, int64_t outputs, int64_t width, float* y, int64_t to) {
+              int64_t n, int64_t outputs, int64_t width, float* y, int64_t to,
+              const float* next = nullptr, int64_t bytes = 0) {
   const Factors<float, int64_t> f{x, w, y, n, apart, width, to};
   const int64_t along = Up(rows, kRows);
+  const char* ahead = reinterpret_cast<const char*>(next);
+  const int64_t turns = n / kSteps * along * (outputs / kVectors / kLanes);
+  const int lines = Up(bytes / kLine, std::max<int64_t>(turns, 1));
   int64_t at = 0;
   for (; at + kVectors * kLanes <= outputs; at += kVectors * kLanes) {
     for (int64_t a = 0; a < along; ++a) {
       const int64_t row = rows * a / along, end = rows * (a + 1) / along;
-      TileOf<kRows, kVectors>(end - row, f, row, at, nullptr, 0);
+      ahead = TileOf<kRows, kVectors>(end - row, f, row, at, ahead, lines);
     }
   }
   for (; at + kLanes <= outputs; at += kLanes) {
@@ -134,7 +140,17 @@ struct Operands {
     const float* v_old = values + (unit * slots + begin) * size;
     // Scores beyond the length are junk of slots that there are, or stay 0.
     const int64_t there = begin + old <= slots ? old : end - begin;
-    Multiply(queries, n, size, k_old, size, there, slots, scores, all);
+    const int64_t line = kLine / sizeof(float);
+    if (there * size * sizeof(float) <= kAhead) {  // short and far apart
+      for (int64_t h = 0; h < size; ++h) {
+        for (int64_t s = 0; s < there; s += line) {
+          __builtin_prefetch(k_old + h * slots + s);
+        }
+      }
+    }
+    const int64_t bytes = (end - begin) * size * sizeof(float);
+    Multiply(queries, n, size, k_old, size, there, slots, scores, all, v_old,
+             std::min(bytes, kAhead));
     Multiply(queries, n, size, k_new, size, rows, rows, scores + old, all);
     for (int64_t r = 0; r < n; ++r) {
       const int64_t row = from + r / groups;
