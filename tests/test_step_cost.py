@@ -66,8 +66,8 @@ def test_steps_by_either_product(tmp_path, monkeypatch):
   args = "--shape=tiny --lengths=20 --new=8 --prompts=2 --nodes=4".split()
   jax.clear_caches()
   assert steps.main([*args, f"--out={out}"]) == 0
-  # Plainly, of nodes, of nodes and streams.
-  assert {1, 4, 16} <= set(used)
+  # Plainly, of nodes, of the accepted one's streams.
+  assert {1, 4, 3} <= set(used)
   used.clear()
   jax.clear_caches()
   assert steps.main([*args, "--xla", f"--out={out}"]) == 0
@@ -138,7 +138,6 @@ def test_steps_at_each_length_of_a_large_cache(tmp_path, capsys, monkeypatch):
   for wrong, words in (
     ("--slots=100", "took a cache of 160, then"),
     ("--rounds=0", "--rounds must be"),
-    ("--attention=kernel", "is for a TPU or a GPU"),
   ):
     with pytest.raises(UserError, match=words):
       lengths.main([*args.split(), wrong])

@@ -18,29 +18,29 @@ namespace ffi = xla::ffi;
 namespace spec_stream {
 namespace {
 
-constexpr int kWidth = 32;       // outputs of a panel; panels.py's WIDTH
-constexpr int64_t kPiece = 128;  // inputs: 16 KiB of a panel in float32
-constexpr int64_t kBlock = 48;   // rows that pass a panel together
+constexpr int kWidth = 32;        // outputs of a panel; panels.py's WIDTH
+constexpr int64_t kPiece = 128;   // inputs: 16 KiB of a panel in float32
+constexpr int64_t kBlock = 48;    // rows that pass a panel together
 constexpr int64_t kLeast = 8192;  // weights worth a thread of their own
 
 using Width = std::integral_constant<int64_t, kWidth>;
 
 // All rows of a piece, in tiles of nearly the same size; prefetches as much
 // again as it has, from `next` on, if that is not null.
-template <int most, int vectors, typename Weight>
+template <typename Weight>
 void Tiles(const Factors<Weight, Width>& piece, int64_t rows,
            const Weight* next) {
-  const int64_t along = Up(rows, most);
-  const int64_t tiles = along * (kWidth / kLanes / vectors);
+  const int64_t along = Up(rows, kRows);
+  const int64_t tiles = along * (kWidth / kLanes / kVectors);
   constexpr int64_t kLines = kSteps * kWidth * sizeof(Weight) / kLine;
   const char* ahead = reinterpret_cast<const char*>(next);
   int64_t tile = 0;
-  for (int at = 0; at < kWidth; at += vectors * kLanes) {
+  for (int at = 0; at < kWidth; at += kVectors * kLanes) {
     for (int64_t a = 0; a < along; ++a, ++tile) {
       const int64_t row = rows * a / along, end = rows * (a + 1) / along;
       const int lines = kLines * (tile + 1) / tiles - kLines * tile / tiles;
-      ahead = TileOf<most, vectors>(end - row, piece, row, at, ahead,
-                                    next ? lines : 0);
+      ahead = TileOf<kRows, kVectors>(end - row, piece, row, at, ahead,
+                                      next ? lines : 0);
     }
   }
 }
@@ -73,10 +73,6 @@ struct Product {
 
   void Block(int64_t panel, int64_t row, int64_t some, const Weight* after,
              float* sums) const {
-    // Sums wait for those before them: with few rows more of them are under way
-    // in tiles twice as wide and half as high.
-    constexpr bool kWide = 2 * kVectors * kLanes <= kWidth;
-    const bool wide = kWide && Up(some, kRows / 2) < 2 * Up(some, kRows);
     for (int64_t i = 0; i < inputs; i += kPiece) {
       const int64_t n = std::min(kPiece, inputs - i);
       const Weight *w = Of(panel) + i * kWidth, *next = w + n * kWidth;
@@ -89,13 +85,7 @@ struct Product {
       }
       // With one row alone the machine's own prefetching does as well.
       if (rows == 1) next = nullptr;
-      if constexpr (kWide) {
-        if (wide) {
-          Tiles<kRows / 2, 2 * kVectors>(piece, some, next);
-          continue;
-        }
-      }
-      Tiles<kRows, kVectors>(piece, some, next);
+      Tiles(piece, some, next);
     }
   }
 

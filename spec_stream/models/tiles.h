@@ -27,13 +27,13 @@ namespace spec_stream {
 #if defined(__AVX512F__)
 constexpr int kLanes = 16, kRows = 12, kVectors = 2;
 #elif defined(__AVX__)
-constexpr int kLanes = 8, kRows = 6, kVectors = 2;
+constexpr int kLanes = 8, kRows = 3, kVectors = 4;
 #elif defined(__aarch64__)
-constexpr int kLanes = 4, kRows = 12, kVectors = 2;
+constexpr int kLanes = 4, kRows = 6, kVectors = 4;
 #else
-constexpr int kLanes = 4, kRows = 6, kVectors = 2;
+constexpr int kLanes = 4, kRows = 3, kVectors = 4;
 #endif
-constexpr int64_t kLine = 64;  // bytes
+constexpr int64_t kLine = 64;   // bytes
 constexpr int kSteps = 8;       // inputs between two turns of prefetching
 
 typedef float Vector __attribute__((vector_size(kLanes * 4)));
