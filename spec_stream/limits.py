@@ -109,8 +109,9 @@ def of_step(decoder: decode.Decoder, batch: int = 1, length: int = 128) -> Step:
 
   Bytes: every weight that the traced step uses, the drafter's too, once (of a
   table that is only looked up in, what is found), although a step in two passes
-  reads some twice; keys and values of `length` tokens a row. FLOPs: of the
-  same, whose cache has that many slots, rounded up.
+  reads some twice, and the copies that it then reads (`coarse`); keys and
+  values of `length` tokens a row. FLOPs: of the same, whose cache has that many
+  slots, rounded up.
   """
   config = decoder.config
   pairs = 2 * config.num_layers * config.num_kv_heads * config.head_dim

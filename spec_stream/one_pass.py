@@ -14,14 +14,14 @@ from spec_stream.models.transformer import Transformer
 def most_rows(platform: str, coarse: bool) -> int:
   """Nodes and streams, of all requests, up to which one pass is taken.
 
-  coarse: whether the streams' own pass reads `Coarse` copies: then it costs
-  less than the rows it spares. On a CPU as measured, elsewhere by what the
+  coarse: whether the streams' own pass reads `Coarse` copies: on a CPU it then
+  costs less than the rows it spares. There as measured, elsewhere by what the
   compiler for a v5e estimates: one pass is faster with 64 rows, two with 512
   (experiments/step_cost).
   """
-  if coarse:
-    return 0
-  return 16 if platform == "cpu" else 128
+  if platform != "cpu":
+    return 128
+  return 0 if coarse else 16
 
 
 def reads_head_once(model: Transformer, drafter: Drafter, batch: int) -> bool:

@@ -81,6 +81,7 @@ def test_streams_of_a_committed_token(x64, name, num_streams):
 def test_when_a_step_takes_one_pass(x64, monkeypatch):
   """By the rows of all nodes and streams that count, of all requests."""
   assert one_pass.most_rows("cpu", False) < one_pass.most_rows("tpu", False)
+  assert not one_pass.most_rows("cpu", True)
   name = "lossless, fewer streams"  # 4 of 6 nodes are kept, 2 of 3 streams
   monkeypatch.setattr(one_pass, "most_rows", lambda *_: 24)
   decoder = Decoder(random_model(CASES[name][0], 1), CASES[name][1])

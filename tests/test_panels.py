@@ -1,5 +1,6 @@
 """Products on a CPU by panels.cc, against NumPy's and XLA's."""
 
+import dataclasses
 import functools
 import types
 
@@ -21,9 +22,16 @@ from random_models import (
 )
 
 from spec_stream import decode, roofline
+from spec_stream.cache import empty
 from spec_stream.decode import Decoder, generate
 from spec_stream.drafters.none import NoDraft
-from spec_stream.models import lora, native, panels, transformer
+from spec_stream.models import (
+  lora,
+  native,
+  panels,
+  transformer,
+  tree_attention_cpu,
+)
 from spec_stream.models.layers import Embed
 
 # One that is there and cannot compile it makes these fail.
@@ -128,8 +136,10 @@ def test_tokens(name, monkeypatch):
     step = decode._step.lower(
       decoder.graph, decoder.weights, decoder.drafter, state
     )
-    calls = step.as_text().count(f"@{panels.TARGET}(")
-    assert calls > 4 * config.num_layers  # those of a layer, and the LM head
+    calls = lambda target: step.as_text().count(f"@{target}(")
+    # Those of a layer, and the LM head.
+    assert calls(panels.TARGET) > 4 * config.num_layers
+    assert calls(tree_attention_cpu.TARGET) >= config.num_layers
     fast = generate(laid, prompts, drafter, **options)
     found = differences(model, prompts, plain, fast, options)
     assert all(x.margin < 1e-4 for x in found), list(map(str, found))
@@ -152,6 +162,89 @@ def test_a_tied_table():
   logits = embed.decode(hidden)
   assert logits.shape == (1, 4, tiny.MODEL.vocab_size)
   np.testing.assert_allclose(laid.decode(hidden), logits, atol=1e-5)
+
+
+@compiled
+@settings(max_examples=15)
+@given(
+  rows=st.integers(1, 60),
+  inputs=st.integers(1, 300),
+  outputs=st.integers(1, 80),
+)
+def test_panels_of_8_bits(rows, inputs, outputs):
+  """Products are of what they say, which is the kernel to half a step."""
+  assert native.is_ready()
+  x, kernel = random(rows, inputs, outputs)
+  packed, one = panels.in_8_bits(panels.pack(kernel))
+  which = np.arange(outputs)
+  weights = panels.take(packed, which) * one[which, None]
+  assert packed.dtype == jnp.int8
+  step = np.abs(kernel).max(1, keepdims=True) / 127
+  assert (np.abs(weights - kernel) <= 0.501 * step).all()
+  right = x.astype(np.float64) @ np.asarray(weights, np.float64).T
+  multiply = jax.jit(panels.matmul, static_argnums=2)
+  atol = 4e-6 * inputs**0.5
+  y = multiply(x, packed, outputs) * one[:outputs]
+  np.testing.assert_allclose(y, right, rtol=0, atol=atol)
+  alone = multiply(x[:1], packed, outputs) * one[:outputs]
+  np.testing.assert_array_equal(alone, y[:1])
+
+
+STREAMS = dataclasses.replace(
+  as_float32(CASES["lossless"][0]), width=64, num_heads=4, head_dim=16
+)
+
+
+@compiled
+@pytest.mark.parametrize("tied", [True, False])
+def test_copies_for_drafts_are_nearly_the_weights(tied, monkeypatch):
+  config = dataclasses.replace(STREAMS, tie_embeddings=tied)
+  graph, state = nnx.split(random_model(config, 0))
+  model = nnx.merge(graph, jax.tree.map(jnp.asarray, state))
+  with monkeypatch.context() as patch:
+    patch.setattr(lora, "_LARGE", 0)
+    laid = transformer.for_decoding(model)
+  assert model.coarse is None and laid.coarse is not None
+  assert laid.coarse.head.kernel[...].dtype == jnp.int8
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  near = lambda a, b: jnp.abs(a - b).max() < 0.05 * jnp.abs(b).max()
+  hidden = draw(1, 3, config.width)
+  right, drafted = model.logits(hidden), laid.logits(hidden, drafts=True)
+  assert near(drafted, right) and (drafted != right).any()
+  np.testing.assert_allclose(laid.logits(hidden), right, atol=1e-4)
+  sizes = config.num_layers, config.num_kv_heads, config.head_dim
+  cache = empty(1, 8, *sizes, "float32").replace(length=jnp.array([1]))
+  args = draw(1, config.width), jnp.array([0]), cache, 2
+  streams = transformer.forward_streams(laid, *args)
+  assert near(streams, transformer.forward_streams(model, *args))
+
+
+@compiled
+def test_no_copies_beside_a_head_that_is_not_in_panels(monkeypatch):
+  monkeypatch.setattr(lora, "_LARGE", 2**15)  # an eighth is 4 KiB
+  config = dataclasses.replace(STREAMS, tie_embeddings=True)
+  graph, state = nnx.split(random_model(config, 0))
+  model = nnx.merge(graph, jax.tree.map(jnp.asarray, state))
+  laid = transformer.for_decoding(model)
+  assert not laid.embed.out_first and laid.blocks[0].attention.qkv.out_first
+  assert laid.coarse is None
+
+
+@compiled
+def test_quantised_kernels_lie_in_panels_too(monkeypatch):
+  pytest.importorskip("qwix")
+  monkeypatch.setattr(lora, "_LARGE", 0)
+  config = dataclasses.replace(STREAMS, quantize="int8")
+  keys = dict(lora_rank=0, quantize="int8", rngs=nnx.Rngs(0))
+  linear = lora.Linear((4, 16), (3, 9), config, **keys)
+  assert linear.layout("float32", ("cpu",)) == lora.PANELS
+  assert linear.layout("bfloat16", ("cpu",)) == ""
+  laid = nnx.clone(linear)
+  laid.lay_out(lora.PANELS)
+  assert laid.kernel[...].dtype == jnp.int8
+  x = jnp.asarray(random(5, 64, 1)[0]).reshape(1, 5, 4, 16)
+  np.testing.assert_allclose(laid(x), linear(x), rtol=1e-5, atol=1e-5)
 
 
 def test_no_other_dtype():

@@ -57,6 +57,7 @@ def test_steps_in_two_passes(tmp_path, monkeypatch):
 @pytest.mark.skipif(not native.find_compiler(), reason="no C++ compiler")
 def test_steps_by_either_product(tmp_path, monkeypatch):
   monkeypatch.setattr(native, "is_ready", native.is_ready)  # restores
+  monkeypatch.setattr(one_pass, "most_rows", one_pass.most_rows)
   monkeypatch.setattr(lora, "_LARGE", 0)
   used, multiply = [], panels.matmul
   count = lambda x, *args: used.append(len(x)) or multiply(x, *args)
@@ -64,6 +65,7 @@ def test_steps_by_either_product(tmp_path, monkeypatch):
   steps = script("step_cost", "steps.py")
   out = tmp_path / "rows.jsonl"
   args = "--shape=tiny --lengths=20 --new=8 --prompts=2 --nodes=4".split()
+  args += ["--one_pass_rows=0"]  # as with copies in 8 bits
   jax.clear_caches()
   assert steps.main([*args, f"--out={out}"]) == 0
   # Plainly, of nodes, of the accepted one's streams.
@@ -74,6 +76,7 @@ def test_steps_by_either_product(tmp_path, monkeypatch):
   assert not used
   rows = [json.loads(line) for line in out.read_text().splitlines()]
   assert [r["panels"] for r in rows] == 3 * [True] + 3 * [False]
+  assert [r["attention"] for r in rows] == 3 * ["kernel"] + 3 * ["dense"]
   flops = [r["step_flops"] for r in rows]
   assert flops[:3] == flops[3:]
   jax.clear_caches()  # or others would find this one's programs

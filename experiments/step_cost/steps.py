@@ -104,7 +104,9 @@ def choose_attention(way: str):
 
 def attention_way() -> str:
   """For a row: how models on one device read their caches."""
-  return "kernel" if attention.kernels_on(jax.devices()[:1]) else "dense"
+  found = attention.kernels_on(jax.devices()[:1])
+  there = found and ("cpu" not in found or native.is_ready())
+  return "kernel" if there else "dense"
 
 
 def random_model(config: ModelConfig):
@@ -151,7 +153,7 @@ def main(argv: list[str]) -> int:
   parser.add_argument(
     "--xla",
     action="store_true",
-    help="XLA's products on a CPU, not those of panels.cc",
+    help="XLA's products and attention on a CPU, not this library's kernels",
   )
   parser.add_argument("--attention", **ATTENTION)
   parser.add_argument("--new", type=int, default=48, help="tokens to decode")

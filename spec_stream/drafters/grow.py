@@ -23,7 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from spec_stream.errors import UserError
-from spec_stream.tree import TokenTree, TreeSpec, join, root_only, top
+from spec_stream.tree import (
+  TokenTree,
+  TreeSpec,
+  join,
+  most_probable,
+  root_only,
+  top,
+)
 
 # (carry, tokens [B, W], parents [B, W] in the level before) -> (logits
 # [B, W, V] of what follows each token, carry)
@@ -92,7 +99,7 @@ def grow(
   logits = logits[:, None]
   for level in range(length):
     logits = guess(logits, level)
-    log_probs, tokens = top(jax.nn.log_softmax(logits, -1), width)
+    log_probs, tokens = most_probable(logits, width)
     flat = lambda x: x.reshape(x.shape[0], -1)
     joint = flat(score[..., None] + log_probs)
     score, best = top(joint, size)

@@ -2,9 +2,10 @@
 
 Where they come after acceptance (`one_pass`), the top layers and the LM head
 are read a second time, for a few rows: a sixth of a step on a CPU, which waits
-for its memory. Drafts alone come of it, so no token depends on it, and drafts
-hardly do: a copy of a quarter of the size serves. Nodes go through the weights
-themselves, and so do streams in one pass with them.
+for its memory. Drafts alone come of it, so by the rule "exact" no token depends
+on it (as on any draft), and drafts hardly do: a copy of a quarter of the size
+serves. Nodes go through the weights themselves, and so do streams in one pass
+with them.
 """
 
 from flax import nnx
@@ -23,9 +24,9 @@ class Coarse(nnx.Module):
 
 def copies(config: ModelConfig, blocks, head: Linear | Embed) -> Coarse | None:
   """Of a model's layers and its LM head or tied table, as they are laid out;
-  None if none that streams alone go through are in `panels`, in float32.
+  None if one that streams alone go through is not in `panels`, in float32.
 
-  What is not, and norms, adapters and biases, are the model's own.
+  Norms, adapters and biases are the model's own.
   """
   streams = config.streams
   if not streams.num_streams or streams.attends:
@@ -34,11 +35,11 @@ def copies(config: ModelConfig, blocks, head: Linear | Embed) -> Coarse | None:
   is_tied = isinstance(head, Embed)
   head = _linear(head, config) if is_tied else nnx.clone(head)
   linears = [x for block in top for x in block.linears()] + [head]
-  laid = [x for x in linears if x.out_first == PANELS]
-  gain = [x for x in laid if x.kernel_scale is None]
-  for linear in gain:
+  if any(x.out_first != PANELS or x.kernel_scale is not None for x in linears):
+    return None
+  for linear in linears:
     linear.round_to_8_bits()
-  return Coarse(top, head) if gain else None
+  return Coarse(top, head)
 
 
 def _linear(embed: Embed, config: ModelConfig) -> Linear:

@@ -192,7 +192,7 @@ class Linear(nnx.Module):
     self.kernel, self.out_first = nnx.Param(lay_out(flat.T, laid)), laid
 
   def round_to_8_bits(self):
-    """The kernel, in float32 and in panels: see `panels.in_8_bits`."""
+    """Of a kernel in panels of float32: see `panels.in_8_bits`."""
     kernel, scale = panels.in_8_bits(self.kernel[...])
     scale = scale[: math.prod(self.outputs)].reshape(1, *self.outputs)
     self.kernel = nnx.Param(kernel)

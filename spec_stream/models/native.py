@@ -76,8 +76,8 @@ def is_ready() -> bool:
     RuntimeError,  # of XLA: it is of another version of the interface
   ) as error:
     warnings.warn(
-      "decoding on this CPU uses XLA's products, which are slower: the kernels "
-      f"were not made by {shlex.join(compiler)}: {_why(error)}",
+      "decoding on this CPU uses XLA's products and attention, which are "
+      f"slower: {shlex.join(compiler)} did not make the kernels: {_why(error)}",
       stacklevel=2,
     )
     return False

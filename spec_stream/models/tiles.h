@@ -87,6 +87,15 @@ inline Vector MultiplyAdd(Vector a, Vector b, Vector c) {
 #endif
 }
 
+// The same of one number.
+inline float MultiplyAdd(float a, float b, float c) {
+#if defined(__AVX512F__) || defined(__FMA__) || defined(__aarch64__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // Adds one input's products to the sums. x: of the tile's first row; apart: from
 // one row to the next.
 template <int rows, int vectors, typename Weight>

@@ -143,7 +143,7 @@ class Transformer(nnx.Module):
       raise UserError(
         "this model has no pruner: train with model.streams.prune_rank above 0"
       )
-    return self.logits(self.final_norm(self.pruner(early)))
+    return self.logits(self.final_norm(self.pruner(early)), drafts=True)
 
 
 _NEVER = -1e9  # logit of a token that does not exist

@@ -45,7 +45,7 @@ inline Vector Exp(Vector x) {
   // The whole number is in the low bits of the shifted sum.
   const Whole power = ((Whole)shifted - (Whole)magic) << 23;
   y = (Vector)((Whole)y + power);
-  return x < All(-87.0f) ? Vector{} : y;
+  return x < All(-87.0f) ? Vector{} : x == x ? y : x;
 }
 
 // y += x w, w [n, outputs] `width` apart; of any number of outputs. Meanwhile
@@ -74,7 +74,9 @@ void Multiply(const float* x, int64_t rows, int64_t apart, const float* w,
   for (; at < outputs; ++at) {
     for (int64_t r = 0; r < rows; ++r) {
       float sum = 0;
-      for (int64_t i = 0; i < n; ++i) sum += x[r * apart + i] * w[i * width + at];
+      for (int64_t i = 0; i < n; ++i) {
+        sum = MultiplyAdd(x[r * apart + i], w[i * width + at], sum);
+      }
       y[r * to + at] += sum;
     }
   }
@@ -193,6 +195,18 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::BufferR1<ffi::S32> length,
   o.batch = sizes[0], o.rows = sizes[1], o.heads = sizes[2];
   o.groups = sizes[3], o.size = sizes[4], o.slots = keys.dimensions()[3];
   o.cap = cap;
+  const auto is = [](const auto& x, std::vector<int64_t> sizes) {
+    const auto found = x.dimensions();
+    return std::equal(found.begin(), found.end(), sizes.begin(), sizes.end());
+  };
+  if (!is(length, {o.batch}) || !is(first, {o.batch, o.rows}) ||
+      !is(mask, {o.batch, o.rows, o.rows}) ||
+      !is(k, {o.batch, o.heads, o.size, o.rows}) ||
+      !is(v, {o.batch, o.heads, o.rows, o.size}) ||
+      !is(keys, {o.batch, o.heads, o.size, o.slots}) ||
+      !is(values, {o.batch, o.heads, o.slots, o.size})) {
+    return ffi::Error::InvalidArgument("shapes of attention do not fit");
+  }
   if (q.element_count() == 0) return ffi::Error::Success();
   o.per = std::max<int64_t>(1, kBlock / o.groups);
   int64_t most = 0;
