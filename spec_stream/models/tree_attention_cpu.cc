@@ -59,18 +59,17 @@ void Multiply(const float* x, int64_t rows, int64_t apart, const float* w,
   const int64_t turns = n / kSteps * along * (outputs / kVectors / kLanes);
   const int lines = Up(bytes / kLine, std::max<int64_t>(turns, 1));
   int64_t at = 0;
-  for (; at + kVectors * kLanes <= outputs; at += kVectors * kLanes) {
-    for (int64_t a = 0; a < along; ++a) {
-      const int64_t row = rows * a / along, end = rows * (a + 1) / along;
-      ahead = TileOf<kRows, kVectors>(end - row, f, row, at, ahead, lines);
+  const auto tiles = [&](auto vectors, int lines) {
+    constexpr int64_t wide = vectors * kLanes;
+    for (; at + wide <= outputs; at += wide) {
+      for (int64_t a = 0; a < along; ++a) {
+        const int64_t row = rows * a / along, end = rows * (a + 1) / along;
+        ahead = TileOf<kRows, vectors>(end - row, f, row, at, ahead, lines);
+      }
     }
-  }
-  for (; at + kLanes <= outputs; at += kLanes) {
-    for (int64_t a = 0; a < along; ++a) {
-      const int64_t row = rows * a / along, end = rows * (a + 1) / along;
-      TileOf<kRows, 1>(end - row, f, row, at, nullptr, 0);
-    }
-  }
+  };
+  tiles(std::integral_constant<int, kVectors>{}, lines);
+  tiles(std::integral_constant<int, 1>{}, 0);
   for (; at < outputs; ++at) {
     for (int64_t r = 0; r < rows; ++r) {
       float sum = 0;
