@@ -164,13 +164,21 @@ def main(argv):
     settings.max_new_tokens,
   )
   prompts = [p.token_ids for p in chosen]
+  meter = limits.Meter(run.model.config.dtype) if _ROOFLINE.value else None
+  progress = Progress("measure")
+
+  def on_batch(done, total):
+    progress(done, total)
+    if meter:
+      meter.sample()
+
   results = bench.measure(
     run.model,
     prompts,
     methods,
     settings,
     on_warm_up=Progress("compile and warm up"),
-    on_batch=Progress("measure"),
+    on_batch=on_batch,
   )
   words = [f"launch/{pathlib.Path(argv[0]).name}", *sys.argv[1:]]
   about["command"] = " ".join(words)
@@ -179,8 +187,9 @@ def main(argv):
     for row, result in zip(rows, results, strict=True):
       row |= costs.fields(result.drafter)
   try:
-    if _ROOFLINE.value:
-      limits.add(rows, results, run.model, prompts, settings)
+    if meter:
+      rates = meter.rates()
+      limits.add(rows, results, run.model, prompts, settings, rates)
   finally:  # what was measured is not lost
     workdir.mkdir(parents=True, exist_ok=True)
     metrics.append_jsonl(workdir / "results.jsonl", rows)

@@ -1,15 +1,14 @@
 """How fast a step could be here: what it must move, and what this device does.
 
 Beside `roofline`, which reads a compiled program and takes published peaks:
-here rates are measured, and a step's bytes are those that no implementation
-can leave out.
+here rates are measured, in turns with the steps, and a step's bytes are those
+that no implementation can leave out.
 """
 
 import dataclasses
-import functools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -32,51 +31,84 @@ class Rates:
   matrix: float
 
 
-@functools.cache
-def of_device(dtype: str, size: int = 2**29) -> Rates:
-  """Measured on the default device, the best of five; size: bytes of the array
-  that is read, far above any on-chip memory."""
-  width = 4096
-  array = jnp.ones((size // (width * jnp.dtype(dtype).itemsize), width), dtype)
-  row = jnp.ones((width, 1), dtype)
-  # An accelerator needs larger ones to be at its best.
-  side = 2048 if jax.default_backend() == "cpu" else 8192
-  square = jnp.full((side, side), 1 / side, dtype)
-  small = lambda x: (1e-30 * x.astype(jnp.float32).sum()).astype(dtype)
-  zero = jnp.zeros((), dtype)
-  # Whichever way of reading it all is fastest here.
-  read = min(
-    _seconds(lambda c, x, y: small(x @ (y + c)), zero, array, row),
-    _seconds(lambda c, x: small(x + c), zero, array),
-  )
-  copy = _seconds(lambda c: c + 1, array)
-  matrix = _seconds(lambda c, x: c @ x, square, square)
-  return Rates(
-    read=array.nbytes / read,
-    copy=2 * array.nbytes / copy,
-    matrix=2 * side**3 / matrix,
-  )
+class Meter:
+  """Measures the rates of the default device in turns with what is to be held
+  against them: a memory that others use too gives more at one time than at
+  another.
+
+  dtype: of what is read and multiplied. size: bytes of the array that is read,
+  far above any on-chip memory. every: seconds between two samples.
+  """
+
+  def __init__(self, dtype: str, size: int = 2**29, every: float = 2.0):
+    width = 4096
+    rows = size // (width * jnp.dtype(dtype).itemsize)
+    array = jnp.ones((rows, width), dtype)
+    row = jnp.ones((width, 1), dtype)
+    # An accelerator needs larger ones to be at its best.
+    side = 2048 if jax.default_backend() == "cpu" else 8192
+    square = jnp.full((side, side), 1 / side, dtype)
+    small = lambda x: (1e-30 * x.astype(jnp.float32).sum()).astype(dtype)
+    zero = jnp.zeros((), dtype)
+    self._every, self._last = every, -math.inf
+    self._size, self._flops = array.nbytes, 2 * side**3
+    self._turns = {
+      "by a product": _turns(
+        lambda c, x, y: small(x @ (y + c)), zero, array, row
+      ),
+      "by a sum": _turns(lambda c, x: small(x + c), zero, array),
+      "copy": _turns(lambda c: c + 1, array),
+      "matrix": _turns(lambda c, x: c @ x, square, square),
+    }
+    self._seconds = {name: [] for name in self._turns}
+
+  def sample(self, *_) -> None:
+    """Unless the last one is younger than `every` seconds; takes and ignores
+    what `bench.measure` tells its `on_batch`."""
+    if time.monotonic() - self._last < self._every:
+      return
+    for name, turn in self._turns.items():
+      self._seconds[name].append(turn())
+    self._last = time.monotonic()
+
+  def rates(self) -> Rates:
+    """Over all samples, as a step's time is over all steps; of one that is
+    taken now if there is none."""
+    if not self._seconds["copy"]:
+      self.sample()
+    mean = {name: float(np.mean(x)) for name, x in self._seconds.items()}
+    # Whichever way of reading it all is faster here.
+    read = min(mean["by a product"], mean["by a sum"])
+    return Rates(
+      read=self._size / read,
+      copy=2 * self._size / mean["copy"],
+      matrix=self._flops / mean["matrix"],
+    )
 
 
 _LONG = 0.05  # seconds, above which starting a program counts for nothing
 
 
-def _seconds(turn, carry, *args) -> float:
-  """Of one `turn(carry, *args) -> carry`, of many in a loop on the device."""
+def _turns(turn, carry, *args) -> Callable[[], float]:
+  """-> a function that does `turn(carry, *args) -> carry` often, in a loop on
+  the device, and gives the seconds of one."""
   loop = jax.jit(
-    lambda count, carry, *args: jax.lax.fori_loop(
+    lambda count, carry, args: jax.lax.fori_loop(
       0, count, lambda _, carry: turn(carry, *args), carry
-    )
+    ),
+    donate_argnums=1,  # that a copy is no larger than what is copied
   )
+  carry = jnp.copy(carry)
 
   def timed(count):
+    nonlocal carry
     begin = time.perf_counter()
-    jax.block_until_ready(loop(count, carry, *args))
-    return time.perf_counter() - begin
+    carry = jax.block_until_ready(loop(count, carry, args))
+    return (time.perf_counter() - begin) / count
 
   timed(1)  # compiles
   count = max(1, math.ceil(_LONG / timed(1)))
-  return min(timed(count) for _ in range(5)) / count
+  return lambda: timed(count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,16 +186,17 @@ def add(
   model: Transformer,
   prompts: Sequence[Sequence[int]],
   settings: Settings,
+  rates: Rates,
   with_stages: bool = True,
 ) -> None:
   """Adds to rows of `bench_rows` what their step needs, what this device does
-  at best, the share reached, and (`stage_ms`) where the time goes.
+  (of a `Meter` that sampled while they ran), the share reached, and
+  (`stage_ms`) where the time goes.
 
   A row that made no step stays as it is. Not of results with `refill`, whose
   steps are not timed apart.
   """
   model = for_decoding(model)  # once, not for each method
-  rates = of_device(model.config.dtype)
   for row, result in zip(rows, results, strict=True):
     if not row["step_ms"]:
       continue

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import jax.numpy as jnp
 import pytest
 
 from spec_stream import NoDraft, StreamDraft, TreeSpec, limits, weights
@@ -86,43 +87,58 @@ def test_the_limit_is_the_slower_of_two():
   assert fields["limit_ms"] == 10_000
 
 
+def test_rates_are_means_of_samples(monkeypatch):
+  readings = iter(([5, 7], [1, 3], [8, 4], [2, 6]))  # seconds, of each turn
+  monkeypatch.setattr(
+    limits, "_turns", lambda *_: iter(next(readings)).__next__
+  )
+  now = [0.0]
+  monkeypatch.setattr(limits.time, "monotonic", lambda: now[0])
+  meter = limits.Meter("float32", size=2**22, every=2.0)
+  for now[0] in (0.0, 1.9, 3.8, 5.7):  # the second and fourth are too soon
+    meter.sample(3, 9)
+  rates = meter.rates()
+  # The faster way of reading takes 1 and 3.
+  assert rates.read == 2**22 / 2 and rates.copy == 2 * 2**22 / 6
+  assert rates.matrix == 2 * 2048**3 / 4
+
+
+def test_a_rate_needs_no_sample(monkeypatch):
+  monkeypatch.setattr(limits, "_turns", lambda *_: lambda: 4.0)
+  assert limits.Meter("bfloat16", size=2**22).rates().read == 2**20
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_rates_are_of_the_best_of_five(monkeypatch, dtype):
-  """A clock that goes on by 1, 2, 9, 5, 7, 3 and 8 seconds from call to
-  call."""
-  ticks, now = itertools.cycle((1, 2, 9, 5, 7, 3, 8)), [0.0]
+def test_a_turn_is_timed(monkeypatch, dtype):
+  """On a clock that goes on by 1, 2, 9, 5 seconds from call to call."""
+  ticks, now, calls = iter((1, 2, 9, 5)), [0.0], itertools.count()
 
   def clock():
-    clock.calls += 1
-    if clock.calls % 2 == 0:  # the end of a call
+    if next(calls) % 2:  # the end of a call
       now[0] += next(ticks)
     return now[0]
 
-  clock.calls = 0
   monkeypatch.setattr(limits.time, "perf_counter", clock)
-  rates = limits.of_device.__wrapped__(dtype, size=2**22)
+  array = jnp.ones((3, 5), dtype)
+  turn = limits._turns(lambda c, x: c @ x, array, jnp.ones((5, 5), dtype))
   # The first two, which compile and say how often, do not count.
-  assert rates.read == 2**22 / 3 and rates.copy == 2 * 2**22 / 3
-  assert rates.matrix == 2 * 2048**3 / 3
+  assert (turn(), turn()) == (9, 5)
+  assert array.sum() == 15  # and is not given away
 
 
 def test_what_is_short_is_done_often(monkeypatch):
-  turns = []
-  now = [0.0]
+  turns, now = [], [0.0]
 
-  def clock():
-    return now[0]
-
-  def jit(loop):
-    def call(count, carry, *args):
+  def jit(loop, donate_argnums):
+    def call(count, carry, args):
       turns.append(count)
       now[0] += 0.001 + 0.002 * count  # a millisecond to start it
       return carry
 
     return call
 
-  monkeypatch.setattr(limits.time, "perf_counter", clock)
+  monkeypatch.setattr(limits.time, "perf_counter", lambda: now[0])
   monkeypatch.setattr(limits.jax, "jit", jit)
-  found = limits._seconds(lambda c: c, 0.0)
-  assert turns == [1, 1] + [17] * 5  # 0.05 over 0.003
-  assert found == pytest.approx(0.002 + 0.001 / 17)
+  turn = limits._turns(lambda c: c, 0.0)
+  assert turn() == pytest.approx(0.002 + 0.001 / 17)
+  assert turns == [1, 1, 17]  # 0.05 over 0.003

@@ -149,13 +149,13 @@ def test_tokens(name, monkeypatch):
 
 @compiled
 def test_a_tied_table():
-  """Of 19 tokens, which fill no panel."""
+  """Of 19 tokens, which fill no pair of panels."""
   assert native.is_ready()
   embed = Embed(tiny.MODEL, rngs=nnx.Rngs(0))
   tokens, width = jnp.array([[0, 18, -1]]), tiny.MODEL.width
   laid = nnx.clone(embed)
   laid.lay_out(lora.PANELS)
-  assert laid.table.shape == (1, width, panels.WIDTH)
+  assert laid.table.shape == (2, width, panels.WIDTH)
   np.testing.assert_array_equal(laid(tokens), embed(tokens))
   np.testing.assert_array_equal(laid(tokens)[0, 2], embed(tokens)[0, 0])
   hidden = jnp.asarray(random(4, width, 1)[0])[None]

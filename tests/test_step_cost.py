@@ -194,5 +194,5 @@ def test_products_are_timed_each_way(monkeypatch, capsys, ready):
   ]
   assert [x for x, _ in calls] == [(1, 4), (3, 4)] * (3 + ready)
   shapes = [[k.shape for k in kernels] for _, kernels in calls]
-  ways = (4, 6), *[(1, 4, 32)] * ready, (6, 4), (6, 4)
+  ways = (4, 6), *[(2, 4, 16)] * ready, (6, 4), (6, 4)
   assert shapes == [3 * [shape] for shape in ways for _ in range(2)]

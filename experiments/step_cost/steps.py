@@ -8,7 +8,7 @@ A model of random weights decodes random prompts, plainly and with drafts, in
 turns within one process (`spec_stream.bench`): what a step costs does not
 depend on what it finds. Beside each step's time the bytes that it must move
 (weights, cache), the FLOPs of its products, and the share reached of
-what this device reads and multiplies at best, measured in the same process.
+what this device reads and multiplies, measured in turns with the steps.
 """
 
 import argparse
@@ -131,10 +131,14 @@ def measure(model, prompts, drafters, settings, with_stages) -> list[dict]:
   """Rows of `bench`, with what `limits` knows of a step."""
   model = for_decoding(model)  # once, not for each method
   methods = bench.plan(model.config, drafters)
-  results = bench.measure(model, prompts, methods, settings)
+  meter = limits.Meter(model.config.dtype)
+  results = bench.measure(
+    model, prompts, methods, settings, on_batch=meter.sample
+  )
   about = {"dataset": "random", "device": jax.devices()[0].device_kind}
   rows = bench_rows.rows(model, prompts, results, settings, about)
-  limits.add(rows, results, model, prompts, settings, with_stages)
+  rates = meter.rates()
+  limits.add(rows, results, model, prompts, settings, rates, with_stages)
   return rows
 
 

@@ -3,7 +3,8 @@
 XLA's library for CPUs packs a kernel anew in each call, so that four rows take
 1.4 times as long as one although they read no more. Here it is packed once,
 when the model is made ready: a panel is WIDTH outputs, of each input in turn
-the weights of all of them. `panels.cc` (see `native`) multiplies such kernels.
+the weights of all of them. `panels.cc` (see `native`) multiplies such kernels,
+two panels at a time.
 """
 
 import functools
@@ -11,16 +12,16 @@ import functools
 import jax
 import jax.numpy as jnp
 
-WIDTH = 32  # outputs of a panel
+WIDTH = 16  # outputs of a panel, whose weights are a cache line
 DTYPES = (jnp.float32, jnp.int8)  # of kernels
 TARGET = "spec_stream_panels"
 
 
 @jax.jit
 def pack(kernel: jax.Array) -> jax.Array:
-  """[O, I] -> panels [P, I, WIDTH], P = O / WIDTH, rounded up; the last one is
-  filled up with zeros."""
-  panels = -(-len(kernel) // WIDTH)
+  """[O, I] -> panels [P, I, WIDTH], P = O / WIDTH, rounded up to an even
+  number; what is left of the last ones is zeros."""
+  panels = 2 * -(-len(kernel) // (2 * WIDTH))
   kernel = jnp.pad(kernel, ((0, panels * WIDTH - len(kernel)), (0, 0)))
   return kernel.reshape(panels, WIDTH, -1).swapaxes(1, 2)
 

@@ -35,6 +35,7 @@ constexpr int kLanes = 4, kRows = 3, kVectors = 4;
 #endif
 constexpr int64_t kLine = 64;   // bytes
 constexpr int kSteps = 8;       // inputs between two turns of prefetching
+constexpr int kGroup = 16;      // outputs of a group: a line of weights
 
 typedef float Vector __attribute__((vector_size(kLanes * 4)));
 
@@ -58,6 +59,8 @@ inline Vector Load(const int8_t* from) {
   return __builtin_convertvector(x, Vector);  // GCC: lane by lane
 #endif
 }
+
+constexpr int64_t Up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline void Store(Vector x, float* to) { std::memcpy(to, &x, sizeof(x)); }
 
@@ -97,12 +100,15 @@ inline float MultiplyAdd(float a, float b, float c) {
 }
 
 // Adds one input's products to the sums. x: of the tile's first row; apart: from
-// one row to the next.
-template <int rows, int vectors, typename Weight>
-inline void Step(const float* x, const Weight* w, int64_t apart,
+// one row to the next; far: from one group of outputs to the next.
+template <int rows, int vectors, typename Weight, typename Far>
+inline void Step(const float* x, const Weight* w, int64_t apart, Far far,
                  Vector (&sums)[rows][vectors]) {
   const auto row = [=](int r) { return Kept(x[r * apart] - Vector{}); };
-  const auto weights = [=](int v) { return Kept(Load(w + v * kLanes)); };
+  const auto weights = [=](int v) {
+    const int at = v * kLanes;
+    return Kept(Load(w + at / kGroup * far + at % kGroup));
+  };
   // Of the two the fewer stay in registers; -0 - 0 is -0.
   if constexpr (rows < vectors) {
     Vector each[rows];
@@ -131,27 +137,35 @@ inline void Step(const float* x, const Weight* w, int64_t apart,
   }
 }
 
+// Outputs lie side by side: see Factors::far.
+using SideBySide = std::integral_constant<int64_t, kGroup>;
+
 // Rows of x times w, [n, outputs]: x is `apart` from row to row, w `width` from
-// input to input, y, where the sums go, `to` from row to row.
-template <typename Weight, typename Width>
+// input to input and `far` from each kGroup outputs to the next, y, where the
+// sums go, `to` from row to row.
+template <typename Weight, typename Width, typename Far>
 struct Factors {
   const float* x;
   const Weight* w;
   float* y;
-  int64_t n, apart;
-  Width width, to;
+  int64_t n, apart, to;
+  Width width;
+  Far far;
 };
 
 // Adds the products of `rows` rows from `row` on, in outputs from `at` on, to y;
-// prefetches `lines` lines with each kSteps inputs, from `next` on -> up to
-// where. Never inlined: in a function of many tiles GCC keeps the sums of some
-// in memory.
-template <int rows, int vectors, typename Weight, typename Width>
-__attribute__((noinline)) const char* Tile(const Factors<Weight, Width>& f,
-                                           int64_t row, int64_t at,
-                                           const char* next, int lines) {
+// prefetches `lines` lines with each kSteps inputs, from `next` on and as far
+// from it as each further group of the tile is from the first -> up to where.
+// Never inlined: in a function of many tiles GCC keeps the sums of some in
+// memory.
+template <int rows, int vectors, typename Weight, typename Width, typename Far>
+__attribute__((noinline)) const char* Tile(
+    const Factors<Weight, Width, Far>& f, int64_t row, int64_t at,
+    const char* next, int lines) {
+  constexpr int streams =
+      std::is_same_v<Far, SideBySide> ? 1 : Up(vectors * kLanes, kGroup);
   const float* x = f.x + row * f.apart;
-  const Weight* w = f.w + at;
+  const Weight* w = f.w + at / kGroup * f.far + at % kGroup;
   float* y = f.y + row * f.to + at;
   Vector sums[rows][vectors];
 #pragma GCC unroll 12
@@ -162,15 +176,18 @@ __attribute__((noinline)) const char* Tile(const Factors<Weight, Width>& f,
   int64_t i = 0;
   for (; i + kSteps <= f.n; i += kSteps) {
     for (int line = 0; line < lines; ++line, next += kLine) {
-      __builtin_prefetch(next);
+      for (int64_t s = 0; s < streams; ++s) {
+        __builtin_prefetch(next + s * f.far * int64_t{sizeof(Weight)});
+      }
     }
 #pragma GCC unroll 8
     for (int k = 0; k < kSteps; ++k) {
-      Step<rows, vectors>(x + i + k, w + (i + k) * f.width, f.apart, sums);
+      Step<rows, vectors>(x + i + k, w + (i + k) * f.width, f.apart, f.far,
+                          sums);
     }
   }
   for (; i < f.n; ++i) {
-    Step<rows, vectors>(x + i, w + i * f.width, f.apart, sums);
+    Step<rows, vectors>(x + i, w + i * f.width, f.apart, f.far, sums);
   }
 #pragma GCC unroll 12
   for (int r = 0; r < rows; ++r) {
@@ -191,8 +208,6 @@ const char* TileOf(int64_t rows, const Args&... args) {
   }
   return Tile<most, vectors>(args...);
 }
-
-inline int64_t Up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // What the threads of a call share. One may come when all is done and the call
 // is over: what it needs to find that out is no other's.

@@ -53,7 +53,7 @@ inline Vector Exp(Vector x) {
 void Multiply(const float* x, int64_t rows, int64_t apart, const float* w,
               int64_t n, int64_t outputs, int64_t width, float* y, int64_t to,
               const float* next = nullptr, int64_t bytes = 0) {
-  const Factors<float, int64_t> f{x, w, y, n, apart, width, to};
+  const Factors<float, int64_t, SideBySide> f{x, w, y, n, apart, to, width, {}};
   const int64_t along = Up(rows, kRows);
   const char* ahead = reinterpret_cast<const char*>(next);
   const int64_t turns = n / kSteps * along * (outputs / kVectors / kLanes);
