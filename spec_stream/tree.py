@@ -215,17 +215,22 @@ def top(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 
   In two dimensions: XLA's CPU backend sorts anything of higher rank in full,
   and so it does where parts of the result alone are read, unless all of it is
-  asked for. On a GPU it sorts where more than 16 are wanted.
+  asked for. On a GPU it sorts where more than 16 are wanted. Of few among many
+  the runs that they are in are looked for first: on a CPU, of 3 x 16,384, in 20
+  for 80 to 130 us.
   """
   size, k = x.shape[-1], min(k, x.shape[-1])
   rows = x.reshape(-1, size)
-  largest = lambda x: tuple(jax.lax.top_k(x, k))
+  largest = jax.lax.top_k
   # One by one: of a pair XLA makes what its own pass for top_k breaks off at.
-  whole = lambda x: tuple(map(jax.lax.optimization_barrier, largest(x)))
-  ways = {"cpu": whole}
-  if k > 16 and size > 64 * k:
-    ways["cuda"] = functools.partial(_top_of_runs, k=k)
-  values, indices = jax.lax.platform_dependent(rows, default=largest, **ways)
+  whole = lambda x, k: map(jax.lax.optimization_barrier, largest(x, k))
+  ways = {"cpu": whole, "default": largest}
+  if size > 64 * k:
+    ways["cpu"] = functools.partial(_top_of_runs, largest=whole)
+    if k > 16:
+      ways["cuda"] = functools.partial(_top_of_runs, largest=largest)
+  ways = {on: lambda x, way=way: tuple(way(x, k)) for on, way in ways.items()}
+  values, indices = jax.lax.platform_dependent(rows, **ways)
   shape = (*x.shape[:-1], k)
   return values.reshape(shape), indices.reshape(shape)
 
@@ -243,17 +248,17 @@ def most_probable(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
   return values - largest - jnp.log(total), tokens
 
 
-def _top_of_runs(x: jax.Array, k: int, run: int = 32):
+def _top_of_runs(x: jax.Array, k: int, run: int = 32, largest=jax.lax.top_k):
   """As `jax.lax.top_k` of x [R, V] without NaN, by sorting less: the largest k
   lie in the k runs of neighbours whose own largest are so."""
   pad = -x.shape[1] % run
   least = -jnp.inf
   runs = jnp.pad(x, ((0, 0), (0, pad)), constant_values=least)
   runs = runs.reshape(len(x), -1, run)
-  _, chosen = jax.lax.top_k(runs.max(-1), k)
+  _, chosen = largest(runs.max(-1), k)
   chosen = jnp.sort(chosen, -1)  # so that equals stay in their order
   few = jnp.take_along_axis(runs, chosen[..., None], 1)
-  values, at = jax.lax.top_k(few.reshape(len(x), -1), k)
+  values, at = largest(few.reshape(len(x), -1), k)
   which = jnp.take_along_axis(chosen, at // run, 1)
   return values, which * run + at % run
 
