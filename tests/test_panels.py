@@ -168,7 +168,7 @@ def test_a_tied_table():
 @settings(max_examples=15)
 @given(
   rows=st.integers(1, 60),
-  inputs=st.integers(1, 300),
+  inputs=st.integers(1, 1100),  # in pieces of 512
   outputs=st.integers(1, 80),
 )
 def test_panels_of_8_bits(rows, inputs, outputs):

@@ -20,7 +20,7 @@ namespace spec_stream {
 namespace {
 
 constexpr int kWidth = 2 * kGroup;  // outputs of a pair of panels
-constexpr int64_t kPiece = 128;   // inputs: 16 KiB of a pair in float32
+constexpr int64_t kPieces = 16384;  // bytes of a pair's two pieces
 constexpr int64_t kBlock = 48;    // rows that pass a pair together
 constexpr int64_t kLeast = 8192;  // weights worth a thread of their own
 
@@ -74,8 +74,9 @@ struct Product {
 
   void Block(int64_t pair, int64_t row, int64_t some, const Weight* after,
              float* sums) const {
-    for (int64_t i = 0; i < inputs; i += kPiece) {
-      const int64_t n = std::min(kPiece, inputs - i);
+    constexpr int64_t most = kPieces / (kWidth * sizeof(Weight));  // inputs
+    for (int64_t i = 0; i < inputs; i += most) {
+      const int64_t n = std::min(most, inputs - i);
       const Weight *w = Of(pair) + i * kGroup, *next = w + n * kGroup;
       const Pieces<Weight> pieces{
           x + row * inputs + i, w, sums, n, inputs, kWidth, {},
