@@ -37,7 +37,8 @@ class Meter:
   another.
 
   dtype: of what is read and multiplied. size: bytes of the array that is read,
-  far above any on-chip memory. every: seconds between two samples.
+  far above any on-chip memory; a meter holds that and a copy. every: seconds
+  between two samples.
   """
 
   def __init__(self, dtype: str, size: int = 2**29, every: float = 2.0):

@@ -21,8 +21,8 @@ namespace {
 
 constexpr int kWidth = 2 * kGroup;  // outputs of a pair of panels
 constexpr int64_t kPieces = 16384;  // bytes of a pair's two pieces
-constexpr int64_t kBlock = 48;    // rows that pass a pair together
-constexpr int64_t kLeast = 8192;  // weights worth a thread of their own
+constexpr int64_t kBlock = 48;      // rows that pass a pair together
+constexpr int64_t kLeast = 8192;    // weights worth a thread of their own
 
 template <typename Weight>
 using Pieces =

@@ -33,9 +33,9 @@ constexpr int kLanes = 4, kRows = 6, kVectors = 4;
 #else
 constexpr int kLanes = 4, kRows = 3, kVectors = 4;
 #endif
-constexpr int64_t kLine = 64;   // bytes
-constexpr int kSteps = 8;       // inputs between two turns of prefetching
-constexpr int kGroup = 16;      // outputs of a group: a line of weights
+constexpr int64_t kLine = 64;  // bytes
+constexpr int kSteps = 8;      // inputs between two turns of prefetching
+constexpr int kGroup = 16;     // outputs of a group: a line of weights
 
 typedef float Vector __attribute__((vector_size(kLanes * 4)));
 
