@@ -1,11 +1,11 @@
 // Rows times a kernel in panels, at the speed of the memory or of arithmetic,
 // whichever is less: y [R, O] = x [R, I] W, in float32. A panel is kGroup
 // outputs: of each input in turn the weights of all of them, [O / kGroup, I,
-// kGroup], so that a sum never leaves its lane and the kernel is read in order.
+// kGroup], so that a sum never leaves its lane and a panel is read in order.
 // Weights are float32 or, as integers of 8 bits, become that on their way.
 //
-// A core reads two panels at once, for memory gives more to two streams than to
-// one, and each of them from memory once: pieces that fit into a core's nearest
+// A core reads two panels at once (where a tile is as wide), for memory gives
+// more to two streams than to one, and each once: pieces that fit into its nearest
 // cache are multiplied with all rows while the next ones are on their way
 // (prefetched, a few lines with each step of the loop). A row's sums are taken
 // in the same order however many others there are.
@@ -20,6 +20,7 @@ namespace spec_stream {
 namespace {
 
 constexpr int kWidth = 2 * kGroup;  // outputs of a pair of panels
+static_assert(kWidth % (kVectors * kLanes) == 0);
 constexpr int64_t kPieces = 16384;  // bytes of a pair's two pieces
 constexpr int64_t kBlock = 48;      // rows that pass a pair together
 constexpr int64_t kLeast = 8192;    // weights worth a thread of their own
@@ -31,17 +32,17 @@ using Pieces =
 // All rows of the pieces of a pair, in tiles of nearly the same size; prefetches
 // as much again as they have, from `next` on, if that is not null.
 template <typename Weight>
-void Tiles(const Pieces<Weight>& piece, int64_t rows, const Weight* next) {
+void Tiles(const Pieces<Weight>& pieces, int64_t rows, const Weight* next) {
   constexpr int64_t kLines = kSteps * kGroup * sizeof(Weight) / kLine;
   const int64_t along = Up(rows, kRows), lines = next ? kLines : 0;
-  if (!next) next = piece.w;
+  if (!next) next = pieces.w;
   for (int at = 0; at < kWidth; at += kVectors * kLanes) {
     const char* ahead =
-        reinterpret_cast<const char*>(next + at / kGroup * piece.far);
+        reinterpret_cast<const char*>(next + at / kGroup * pieces.far);
     for (int64_t a = 0; a < along; ++a) {
       const int64_t row = rows * a / along, end = rows * (a + 1) / along;
       const int some = lines * (a + 1) / along - lines * a / along;
-      ahead = TileOf<kRows, kVectors>(end - row, piece, row, at, ahead, some);
+      ahead = TileOf<kRows, kVectors>(end - row, pieces, row, at, ahead, some);
     }
   }
 }

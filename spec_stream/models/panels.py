@@ -12,7 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-WIDTH = 16  # outputs of a panel, whose weights are a cache line
+WIDTH = 16  # outputs of a panel: of an input a cache line in float32
 DTYPES = (jnp.float32, jnp.int8)  # of kernels
 TARGET = "spec_stream_panels"
 
@@ -44,7 +44,8 @@ def take(panels: jax.Array, outputs: jax.Array) -> jax.Array:
 
 
 def matmul(x: jax.Array, panels: jax.Array, outputs: int) -> jax.Array:
-  """x [R, I] times panels [P, I, WIDTH] of O outputs -> [R, O].
+  """x [R, I] times panels [P, I, WIDTH] of O outputs, as `pack` made them ->
+  [R, O].
 
   x and the result are float32, panels of one of DTYPES. On a CPU, where it
   needs `native.is_ready`, a row of the result does not depend, to the bit, on

@@ -35,7 +35,8 @@ constexpr int kLanes = 4, kRows = 3, kVectors = 4;
 #endif
 constexpr int64_t kLine = 64;  // bytes
 constexpr int kSteps = 8;      // inputs between two turns of prefetching
-constexpr int kGroup = 16;     // outputs of a group: a line of weights
+constexpr int kGroup = 16;     // outputs of a group: a line, in float32
+static_assert(kGroup % kLanes == 0);
 
 typedef float Vector __attribute__((vector_size(kLanes * 4)));
 
