@@ -16,7 +16,7 @@ compiled = pytest.mark.skipif(
 
 
 @compiled
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
   seed=st.integers(0, 2**32 - 1),
   batch=st.integers(1, 3),

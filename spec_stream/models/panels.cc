@@ -29,21 +29,17 @@ template <typename Weight>
 using Pieces =
     Factors<Weight, std::integral_constant<int64_t, kGroup>, int64_t>;
 
-// All rows of the pieces of a pair, in tiles of nearly the same size; prefetches
-// as much again as they have, from `next` on, if that is not null.
+// All rows of the pieces of a pair; prefetches as much again as they have, from
+// `next` on, if that is not null.
 template <typename Weight>
-void Tiles(const Pieces<Weight>& pieces, int64_t rows, const Weight* next) {
+void Multiply(const Pieces<Weight>& pieces, int64_t rows, const Weight* next) {
   constexpr int64_t kLines = kSteps * kGroup * sizeof(Weight) / kLine;
-  const int64_t along = Up(rows, kRows), lines = next ? kLines : 0;
+  const int64_t lines = next ? kLines : 0;
   if (!next) next = pieces.w;
   for (int at = 0; at < kWidth; at += kVectors * kLanes) {
-    const char* ahead =
-        reinterpret_cast<const char*>(next + at / kGroup * pieces.far);
-    for (int64_t a = 0; a < along; ++a) {
-      const int64_t row = rows * a / along, end = rows * (a + 1) / along;
-      const int some = lines * (a + 1) / along - lines * a / along;
-      ahead = TileOf<kRows, kVectors>(end - row, pieces, row, at, ahead, some);
-    }
+    const Weight* ahead = next + at / kGroup * pieces.far;
+    Tiles<kVectors>(pieces, rows, at, reinterpret_cast<const char*>(ahead),
+                    lines);
   }
 }
 
@@ -89,7 +85,7 @@ struct Product {
       }
       // With one row alone the machine's own prefetching does as well.
       if (rows == 1) next = nullptr;
-      Tiles(pieces, some, next);
+      Multiply(pieces, some, next);
     }
   }
 

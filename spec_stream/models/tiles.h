@@ -210,6 +210,20 @@ const char* TileOf(int64_t rows, const Args&... args) {
   return Tile<most, vectors>(args...);
 }
 
+// All rows, in tiles of nearly the same size, of the outputs of a tile from `at`
+// on; `lines` to prefetch with each kSteps inputs of all of them, see Tile.
+template <int vectors, typename Weight, typename Width, typename Far>
+const char* Tiles(const Factors<Weight, Width, Far>& f, int64_t rows,
+                  int64_t at, const char* next, int64_t lines) {
+  const int64_t along = Up(rows, kRows);
+  for (int64_t a = 0; a < along; ++a) {
+    const int64_t row = rows * a / along, end = rows * (a + 1) / along;
+    const int some = lines * (a + 1) / along - lines * a / along;
+    next = TileOf<kRows, vectors>(end - row, f, row, at, next, some);
+  }
+  return next;
+}
+
 // What the threads of a call share. One may come when all is done and the call
 // is over: what it needs to find that out is no other's.
 struct Shared {

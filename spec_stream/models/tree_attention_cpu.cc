@@ -54,22 +54,17 @@ void Multiply(const float* x, int64_t rows, int64_t apart, const float* w,
               int64_t n, int64_t outputs, int64_t width, float* y, int64_t to,
               const float* next = nullptr, int64_t bytes = 0) {
   const Factors<float, int64_t, SideBySide> f{x, w, y, n, apart, to, width, {}};
-  const int64_t along = Up(rows, kRows);
   const char* ahead = reinterpret_cast<const char*>(next);
-  const int64_t turns = n / kSteps * along * (outputs / kVectors / kLanes);
-  const int lines = Up(bytes / kLine, std::max<int64_t>(turns, 1));
+  const int64_t turns = n / kSteps * (outputs / kVectors / kLanes);
+  const int64_t lines = Up(bytes / kLine, std::max<int64_t>(turns, 1));
   int64_t at = 0;
-  const auto tiles = [&](auto vectors, int lines) {
-    constexpr int64_t wide = vectors * kLanes;
-    for (; at + wide <= outputs; at += wide) {
-      for (int64_t a = 0; a < along; ++a) {
-        const int64_t row = rows * a / along, end = rows * (a + 1) / along;
-        ahead = TileOf<kRows, vectors>(end - row, f, row, at, ahead, lines);
-      }
-    }
-  };
-  tiles(std::integral_constant<int, kVectors>{}, lines);
-  tiles(std::integral_constant<int, 1>{}, 0);
+  constexpr int64_t wide = kVectors * kLanes;
+  for (; at + wide <= outputs; at += wide) {
+    ahead = Tiles<kVectors>(f, rows, at, ahead, lines);
+  }
+  for (; at + kLanes <= outputs; at += kLanes) {
+    Tiles<1>(f, rows, at, nullptr, 0);
+  }
   for (; at < outputs; ++at) {
     for (int64_t r = 0; r < rows; ++r) {
       float sum = 0;
