@@ -168,26 +168,48 @@ def test_a_tied_table():
 @settings(max_examples=15)
 @given(
   rows=st.integers(1, 60),
-  inputs=st.integers(1, 1100),  # in pieces of 512
+  inputs=st.integers(1, 1100),  # in pieces of 256 and 512
   outputs=st.integers(1, 80),
 )
+@example(rows=3, inputs=2049, outputs=33)
 def test_panels_of_8_bits(rows, inputs, outputs):
-  """Products are of what they say, which is the kernel to half a step."""
+  """Of the kernel to half a step; of an int16, rows too."""
   assert native.is_ready()
   x, kernel = random(rows, inputs, outputs)
-  packed, one = panels.in_8_bits(panels.pack(kernel))
-  which = np.arange(outputs)
-  weights = panels.take(packed, which) * one[which, None]
-  assert packed.dtype == jnp.int8
-  step = np.abs(kernel).max(1, keepdims=True) / 127
-  assert (np.abs(weights - kernel) <= 0.501 * step).all()
-  right = x.astype(np.float64) @ np.asarray(weights, np.float64).T
+  step = np.abs(kernel).max(1) / 127
+  whole = np.round(kernel / step[:, None]).astype(np.int8)
+  two, one = panels.in_8_bits(panels.pack(kernel))
+  assert two.dtype == jnp.int16 and two.shape[1] == -(-inputs // 2)
+  np.testing.assert_allclose(one[:outputs], step, rtol=1e-6)
   multiply = jax.jit(panels.matmul, static_argnums=2)
-  atol = 4e-6 * inputs**0.5
-  y = multiply(x, packed, outputs) * one[:outputs]
-  np.testing.assert_allclose(y, right, rtol=0, atol=atol)
-  alone = multiply(x[:1], packed, outputs) * one[:outputs]
-  np.testing.assert_array_equal(alone, y[:1])
+  largest, half = np.abs(x).max(1, keepdims=True), np.float32(0.5)
+  of_x = x * (32767 / largest)
+  rounded = np.trunc(of_x + np.copysign(half, of_x)) * (largest / 32767)
+  for packed, rows_are in ((panels.pack(whole), x), (two, rounded)):
+    right = rows_are.astype(np.float64) @ whole.T.astype(np.float64) * step
+    y, atol = multiply(x, packed, outputs), 4e-6 * inputs**0.5
+    np.testing.assert_allclose(y * step, right, rtol=0, atol=atol)
+    np.testing.assert_array_equal(multiply(x[:1], packed, outputs), y[:1])
+  by_xla = jax.jit(panels.by_xla, static_argnums=2)
+  right = x.astype(np.float64) @ whole.T.astype(np.float64)
+  np.testing.assert_allclose(
+    by_xla(x, two, outputs), right, rtol=0, atol=1e-3 * inputs**0.5
+  )
+
+
+@compiled
+def test_integers_at_their_largest():
+  """Sums of a piece fit into 32 bits; NaN and infinity stay in their rows."""
+  assert native.is_ready()
+  x, kernel = np.ones((4, 2048), np.float32), np.ones((32, 2048), np.float32)
+  x[1], kernel[1] = -1, -1
+  x[2, 5], x[3, 5] = np.inf, np.nan
+  two, one = panels.in_8_bits(panels.pack(kernel))
+  y = panels.matmul(x, two, 32) * one
+  right = x[:2] @ kernel.T
+  np.testing.assert_allclose(y[:2], right, rtol=1e-5)
+  assert not np.isfinite(y[2]).any()
+  np.testing.assert_array_equal(panels.matmul(0 * x[:1], two, 32), 0)
 
 
 STREAMS = dataclasses.replace(
@@ -205,7 +227,7 @@ def test_copies_for_drafts_are_nearly_the_weights(tied, monkeypatch):
     patch.setattr(lora, "_LARGE", 0)
     laid = transformer.for_decoding(model)
   assert model.coarse is None and laid.coarse is not None
-  assert laid.coarse.head.kernel[...].dtype == jnp.int8
+  assert laid.coarse.head.kernel[...].dtype == jnp.int16
   rng = np.random.default_rng(0)
   draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
   near = lambda a, b: jnp.abs(a - b).max() < 0.05 * jnp.abs(b).max()

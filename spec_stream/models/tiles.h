@@ -39,6 +39,12 @@ constexpr int kGroup = 16;     // outputs of a group: a line, in float32
 static_assert(kGroup % kLanes == 0);
 
 typedef float Vector __attribute__((vector_size(kLanes * 4)));
+// In each lane whole numbers of two inputs, 16 bits each, or a sum of 32 bits.
+typedef int32_t Halves __attribute__((vector_size(kLanes * 4)));
+// What one element of x is, for weights of this type.
+template <typename Weight>
+using Input =
+    std::conditional_t<std::is_same_v<Weight, int16_t>, int32_t, float>;
 
 inline Vector Load(const float* from) {
   Vector x;
@@ -61,13 +67,31 @@ inline Vector Load(const int8_t* from) {
 #endif
 }
 
+// Weights of two inputs in each element, 8 bits each.
+inline Halves Load(const int16_t* from) {
+#if defined(__AVX512BW__)
+  const auto* at = reinterpret_cast<const __m256i*>(from);
+  return (Halves)_mm512_cvtepi8_epi16(_mm256_loadu_si256(at));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  const auto* at = reinterpret_cast<const __m128i*>(from);
+  return (Halves)_mm256_cvtepi8_epi16(_mm_loadu_si128(at));
+#else
+  typedef int16_t Small __attribute__((vector_size(kLanes * 2)));
+  Small x;
+  std::memcpy(&x, from, sizeof(x));
+  const Halves both = __builtin_convertvector(x, Halves);
+  return (both << 24 >> 24 & 0xffff) | both >> 8 << 16;
+#endif
+}
+
 constexpr int64_t Up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline void Store(Vector x, float* to) { std::memcpy(to, &x, sizeof(x)); }
 
 // Keeps what was loaded in a register: GCC else loads it again for each product
 // with it, and a core loads no faster than it multiplies.
-inline Vector Kept(Vector x) {
+template <typename Register>
+inline Register Kept(Register x) {
 #if defined(__AVX512F__)
   __asm__("" : "+v"(x));
 #elif defined(__AVX__)
@@ -91,6 +115,17 @@ inline Vector MultiplyAdd(Vector a, Vector b, Vector c) {
 #endif
 }
 
+// The same of whole numbers; both halves' products go into a sum.
+inline Halves MultiplyAdd(Halves a, Halves b, Halves c) {
+#if defined(__AVX512BW__)
+  return Kept(c + (Halves)_mm512_madd_epi16((__m512i)a, (__m512i)b));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  return Kept(c + (Halves)_mm256_madd_epi16((__m256i)a, (__m256i)b));
+#else
+  return c + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
+
 // The same of one number.
 inline float MultiplyAdd(float a, float b, float c) {
 #if defined(__AVX512F__) || defined(__FMA__) || defined(__aarch64__)
@@ -102,34 +137,36 @@ inline float MultiplyAdd(float a, float b, float c) {
 
 // Adds one input's products to the sums. x: of the tile's first row; apart: from
 // one row to the next; far: from one group of outputs to the next.
-template <int rows, int vectors, typename Weight, typename Far>
-inline void Step(const float* x, const Weight* w, int64_t apart, Far far,
-                 Vector (&sums)[rows][vectors]) {
-  const auto row = [=](int r) { return Kept(x[r * apart] - Vector{}); };
+template <int rows, int vectors, typename Weight, typename Far,
+          typename Register>
+inline void Step(const Input<Weight>* x, const Weight* w, int64_t apart,
+                 Far far, Register (&sums)[rows][vectors]) {
+  const auto row = [=](int r) { return Kept(x[r * apart] - Register{}); };
   const auto weights = [=](int v) {
     const int at = v * kLanes;
     return Kept(Load(w + at / kGroup * far + at % kGroup));
   };
   // Of the two the fewer stay in registers; -0 - 0 is -0.
   if constexpr (rows < vectors) {
-    Vector each[rows];
+    constexpr int held = sizeof(Weight) == 2 && rows == kRows ? rows - 1 : rows;
+    Register each[rows];
 #pragma GCC unroll 12
-    for (int r = 0; r < rows; ++r) each[r] = row(r);
+    for (int r = 0; r < held; ++r) each[r] = row(r);
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      const Vector all = weights(v);
+      const Register all = weights(v);
 #pragma GCC unroll 12
       for (int r = 0; r < rows; ++r) {
-        sums[r][v] = MultiplyAdd(each[r], all, sums[r][v]);
+        sums[r][v] = MultiplyAdd(r < held ? each[r] : row(r), all, sums[r][v]);
       }
     }
   } else {
-    Vector each[vectors];
+    Register each[vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) each[v] = weights(v);
 #pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) {
-      const Vector all = row(r);
+      const Register all = row(r);
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) {
         sums[r][v] = MultiplyAdd(all, each[v], sums[r][v]);
@@ -146,7 +183,7 @@ using SideBySide = std::integral_constant<int64_t, kGroup>;
 // sums go, `to` from row to row.
 template <typename Weight, typename Width, typename Far>
 struct Factors {
-  const float* x;
+  const Input<Weight>* x;
   const Weight* w;
   float* y;
   int64_t n, apart, to;
@@ -165,14 +202,21 @@ __attribute__((noinline)) const char* Tile(
     const char* next, int lines) {
   constexpr int streams =
       std::is_same_v<Far, SideBySide> ? 1 : Up(vectors * kLanes, kGroup);
-  const float* x = f.x + row * f.apart;
+  using Register = decltype(Load(f.w));
+  const Input<Weight>* x = f.x + row * f.apart;
   const Weight* w = f.w + at / kGroup * f.far + at % kGroup;
   float* y = f.y + row * f.to + at;
-  Vector sums[rows][vectors];
+  // Sums go on from y, so that where pieces end changes no bit of them; those of
+  // whole numbers are added in the end.
+  constexpr bool go_on = std::is_same_v<Register, Vector>;
+  Register sums[rows][vectors];
 #pragma GCC unroll 12
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) sums[r][v] = Vector{};
+    for (int v = 0; v < vectors; ++v) {
+      sums[r][v] = Register{};
+      if constexpr (go_on) sums[r][v] = Load(y + r * f.to + v * kLanes);
+    }
   }
   int64_t i = 0;
   for (; i + kSteps <= f.n; i += kSteps) {
@@ -195,7 +239,8 @@ __attribute__((noinline)) const char* Tile(
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
       float* to = y + r * f.to + v * kLanes;
-      Store(Load(to) + sums[r][v], to);
+      const Vector sum = __builtin_convertvector(sums[r][v], Vector);
+      Store(go_on ? sum : Load(to) + sum, to);
     }
   }
   return next;
