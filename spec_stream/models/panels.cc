@@ -27,8 +27,8 @@ namespace {
 constexpr int kWidth = 2 * kGroup;  // outputs of a pair of panels
 static_assert(kWidth % (kVectors * kLanes) == 0);
 constexpr int kMost = 32767;    // of a row's whole numbers the largest
-constexpr int64_t kPieces = 16384;  // most bytes of a pair's two pieces
-constexpr int64_t kFew = 8;         // rows that want them half as large
+constexpr int64_t kPieces = 8192;   // bytes of a pair's two pieces
+constexpr int64_t kFew = 8;         // more rows want pieces twice as large
 constexpr int64_t kBlock = 48;      // rows that pass a pair together
 constexpr int64_t kLeast = 8192;    // weights worth a thread of their own
 
@@ -82,12 +82,17 @@ struct Product {
 
   void Block(int64_t pair, int64_t row, int64_t some, const Weight* after,
              float* sums) const {
-    // A piece, the next and rows of x are to have room in the nearest cache.
-    // Where arithmetic takes longer, tiles that end seldom are worth more.
-    constexpr int64_t both = kPieces / (kWidth * sizeof(Weight));  // inputs
-    const int64_t most = rows <= kFew || sizeof(Weight) == 2 ? both / 2 : both;
+    constexpr int64_t few = kPieces / (kWidth * sizeof(Weight));  // inputs
     // A piece's sums of integers are below 2 ^ 31.
-    static_assert(sizeof(Weight) != 2 || both * 127 * kMost < 1LL << 31);
+    constexpr bool whole = std::is_same_v<Weight, int16_t>;
+    static_assert(!whole || 2 * few * 127 * kMost < 1LL << 31);
+    // A piece, the next and rows of x are to have room in the nearest cache;
+    // where arithmetic takes longer, tiles that end seldom are worth more. One
+    // row reads all but once, best on and on.
+    const int64_t most = whole           ? few
+                         : rows == 1     ? inputs
+                         : rows <= kFew  ? few
+                                         : 2 * few;
     for (int64_t i = 0; i < inputs; i += most) {
       const int64_t n = std::min(most, inputs - i);
       const Weight *w = Of(pair) + i * kGroup, *next = w + n * kGroup;
