@@ -6,7 +6,7 @@ when the model is made ready: a panel is WIDTH outputs, of each input in turn
 the weights of all of them. `panels.cc` (see `native`) multiplies such kernels,
 two panels at a time.
 
-A kernel is of float32, of int8, or a coarse copy of one in float32: `in_8_bits`.
+A kernel is of float32 or int8, or a coarse copy of one in float32: `in_8_bits`.
 """
 
 import functools
