@@ -26,7 +26,7 @@ namespace {
 
 constexpr int kWidth = 2 * kGroup;  // outputs of a pair of panels
 static_assert(kWidth % (kVectors * kLanes) == 0);
-constexpr int kMost = 32767;    // of a row's whole numbers the largest
+constexpr int kMost = 32767;        // of a row's whole numbers the largest
 constexpr int64_t kPieces = 8192;   // bytes of a pair's two pieces
 constexpr int64_t kFew = 8;         // more rows want pieces twice as large
 constexpr int64_t kBlock = 48;      // rows that pass a pair together
@@ -89,10 +89,10 @@ struct Product {
     // A piece, the next and rows of x are to have room in the nearest cache;
     // where arithmetic takes longer, tiles that end seldom are worth more. One
     // row reads all but once, best on and on.
-    const int64_t most = whole           ? few
-                         : rows == 1     ? inputs
-                         : rows <= kFew  ? few
-                                         : 2 * few;
+    const int64_t most = whole          ? few
+                         : rows == 1    ? inputs
+                         : rows <= kFew ? few
+                                        : 2 * few;
     for (int64_t i = 0; i < inputs; i += most) {
       const int64_t n = std::min(most, inputs - i);
       const Weight *w = Of(pair) + i * kGroup, *next = w + n * kGroup;
@@ -132,7 +132,7 @@ struct Halved {
       };
       int32_t* out = &halves[r * width];
       for (int64_t i = 0; i < inputs / 2; ++i) {
-        out[i] = (whole(2 * i) & 0xffff) | whole(2 * i + 1) << 16;
+        out[i] = (whole(2 * i) & 0xffff) | whole(2 * i + 1) * 65536;
       }
       if (inputs % 2) out[width - 1] = whole(inputs - 1) & 0xffff;
     }

@@ -148,6 +148,8 @@ inline void Step(const Input<Weight>* x, const Weight* w, int64_t apart,
   };
   // Of the two the fewer stay in registers; -0 - 0 is -0.
   if constexpr (rows < vectors) {
+    // Products of whole numbers want a register before they are added: with most
+    // rows the last is read again.
     constexpr int held = sizeof(Weight) == 2 && rows == kRows ? rows - 1 : rows;
     Register each[rows];
 #pragma GCC unroll 12
