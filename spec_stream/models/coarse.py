@@ -4,8 +4,8 @@ Where they come after acceptance (`one_pass`), the top layers and the LM head
 are read a second time, for a few rows: a sixth of a step on a CPU, which waits
 for its memory. Drafts alone come of it, so by the rule "exact" no token depends
 on it (as on any draft), and drafts hardly do: a copy of a quarter of the size
-serves. Nodes go through the weights themselves, and so do streams in one pass
-with them.
+serves, and so do products of integers (`panels.in_8_bits`). Nodes go through
+the weights themselves, and so do streams in one pass with them.
 """
 
 from flax import nnx
