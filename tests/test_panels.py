@@ -59,7 +59,7 @@ def random(rows, inputs, outputs):
 @settings(max_examples=40)
 @given(
   rows=st.integers(1, 110),  # in blocks of 48
-  inputs=st.integers(1, 1100),  # in pieces of 128
+  inputs=st.integers(1, 1100),  # in pieces of 64 and 128
   outputs=st.integers(1, 80),
 )
 @example(rows=17, inputs=1040, outputs=33)

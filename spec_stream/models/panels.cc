@@ -7,10 +7,10 @@
 // rows become integers too, of 16 bits: half the work, and nearly the sums.
 //
 // A core reads two panels at once (where a tile is as wide), for memory gives
-// more to two streams than to one, and each once: pieces that fit into its nearest
-// cache are multiplied with all rows while the next ones are on their way
-// (prefetched, a few lines with each step of the loop). A row's sums are taken
-// in the same order however many others there are.
+// more to two streams than to one, and each once: pieces that fit into its
+// nearest cache are multiplied with all rows while the next ones are on their
+// way (prefetched, a few lines with each step of the loop). A row's sums are
+// taken in the same order however many others there are.
 //
 // native.py compiles this file for the machine it runs on.
 
@@ -84,12 +84,11 @@ struct Product {
              float* sums) const {
     constexpr int64_t few = kPieces / (kWidth * sizeof(Weight));  // inputs
     // A piece's sums of integers are below 2 ^ 31.
-    constexpr bool whole = std::is_same_v<Weight, int16_t>;
-    static_assert(!whole || 2 * few * 127 * kMost < 1LL << 31);
+    static_assert(!kWhole<Weight> || 2 * few * 127 * kMost < 1LL << 31);
     // A piece, the next and rows of x are to have room in the nearest cache;
     // where arithmetic takes longer, tiles that end seldom are worth more. One
     // row reads all but once, best on and on.
-    const int64_t most = whole          ? few
+    const int64_t most = kWhole<Weight> ? few
                          : rows == 1    ? inputs
                          : rows <= kFew ? few
                                         : 2 * few;

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 WIDTH = 16  # outputs of a panel: of an input a cache line in float32
-DTYPES = (jnp.float32, jnp.int8, jnp.int16)  # of panels
+DTYPES = (jnp.float32, jnp.int8)  # of kernels; int16: see `in_8_bits`
 TARGET = "spec_stream_panels"
 
 
@@ -64,13 +64,13 @@ def matmul(x: jax.Array, panels: jax.Array, outputs: int) -> jax.Array:
   """x [R, I] times panels of O outputs, as `pack` or `in_8_bits` made them ->
   [R, O].
 
-  x and the result are float32, panels of one of DTYPES. On a CPU, where it
-  needs `native.is_ready`, a row of the result does not depend, to the bit, on
-  how many others there are. Neither differentiated nor split over devices.
+  x and the result are float32, panels of one of DTYPES or int16. On a CPU,
+  where it needs `native.is_ready`, a row of the result does not depend, to the
+  bit, on how many others there are. Neither differentiated nor split over devices.
 
   Raises: TypeError of another dtype.
   """
-  if x.dtype != jnp.float32 or panels.dtype not in DTYPES:
+  if x.dtype != jnp.float32 or panels.dtype not in (*DTYPES, jnp.int16):
     raise TypeError(
       f"{x.dtype} rows, {panels.dtype} panels: rows are to be float32, panels "
       "float32, int8 or int16"

@@ -41,10 +41,11 @@ static_assert(kGroup % kLanes == 0);
 typedef float Vector __attribute__((vector_size(kLanes * 4)));
 // In each lane whole numbers of two inputs, 16 bits each, or a sum of 32 bits.
 typedef int32_t Halves __attribute__((vector_size(kLanes * 4)));
-// What one element of x is, for weights of this type.
+// Whether an element of this type is weights of two inputs, and one of x too.
 template <typename Weight>
-using Input =
-    std::conditional_t<std::is_same_v<Weight, int16_t>, int32_t, float>;
+constexpr bool kWhole = std::is_same_v<Weight, int16_t>;
+template <typename Weight>
+using Input = std::conditional_t<kWhole<Weight>, int32_t, float>;
 
 inline Vector Load(const float* from) {
   Vector x;
@@ -148,9 +149,9 @@ inline void Step(const Input<Weight>* x, const Weight* w, int64_t apart,
   };
   // Of the two the fewer stay in registers; -0 - 0 is -0.
   if constexpr (rows < vectors) {
-    // Products of whole numbers want a register before they are added: with most
-    // rows the last is read again.
-    constexpr int held = sizeof(Weight) == 2 && rows == kRows ? rows - 1 : rows;
+    // Products of whole numbers want a register before they are added: with
+    // most rows the last is read again.
+    constexpr int held = kWhole<Weight> && rows == kRows ? rows - 1 : rows;
     Register each[rows];
 #pragma GCC unroll 12
     for (int r = 0; r < held; ++r) each[r] = row(r);
@@ -208,9 +209,9 @@ __attribute__((noinline)) const char* Tile(
   const Input<Weight>* x = f.x + row * f.apart;
   const Weight* w = f.w + at / kGroup * f.far + at % kGroup;
   float* y = f.y + row * f.to + at;
-  // Sums go on from y, so that where pieces end changes no bit of them; those of
-  // whole numbers are added in the end.
-  constexpr bool go_on = std::is_same_v<Register, Vector>;
+  // Sums go on from y, so that where pieces end changes no bit of them; those
+  // of whole numbers are added in the end.
+  constexpr bool go_on = !kWhole<Weight>;
   Register sums[rows][vectors];
 #pragma GCC unroll 12
   for (int r = 0; r < rows; ++r) {
