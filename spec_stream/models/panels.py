@@ -66,7 +66,8 @@ def matmul(x: jax.Array, panels: jax.Array, outputs: int) -> jax.Array:
 
   x and the result are float32, panels of one of DTYPES or int16. On a CPU,
   where it needs `native.is_ready`, a row of the result does not depend, to the
-  bit, on how many others there are. Neither differentiated nor split over devices.
+  bit, on how many others there are. Neither differentiated nor split over
+  devices.
 
   Raises: TypeError of another dtype.
   """
