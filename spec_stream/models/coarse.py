@@ -1,11 +1,11 @@
-"""Copies in 8 bits of what the streams of an accepted token run through.
+"""Copies in 4 bits of what the streams of an accepted token run through.
 
 Where they come after acceptance (`one_pass`), the top layers and the LM head
 are read a second time, for a few rows: a sixth of a step on a CPU, which waits
 for its memory. Drafts alone come of it, so by the rule "exact" no token depends
-on it (as on any draft), and drafts hardly do: a copy of a quarter of the size
-serves, and so do products of integers (`panels.in_8_bits`). Nodes go through
-the weights themselves, and so do streams in one pass with them.
+on it (as on any draft), and drafts hardly do: a copy of an eighth of the size
+serves, and so do products of integers (`four_bits`). Nodes go through the
+weights themselves, and so do streams in one pass with them.
 """
 
 from flax import nnx
@@ -38,7 +38,7 @@ def copies(config: ModelConfig, blocks, head: Linear | Embed) -> Coarse | None:
   if any(x.out_first != PANELS or x.kernel_scale is not None for x in linears):
     return None
   for linear in linears:
-    linear.round_to_8_bits()
+    linear.round_to_4_bits()
   return Coarse(top, head)
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from spec_stream.models import native, panels, quant
+from spec_stream.models import four_bits, native, panels, quant
 from spec_stream.models.config import ModelConfig
 
 # Bytes of the smallest kernel laid out for XLA on a CPU; for `panels` an
@@ -28,6 +28,7 @@ _LARGE = 2**20
 # lose a little with more rows (experiments/gpu).
 _SMALL, SMALL_ON = 2**24, "cuda 9.0"
 PANELS = "panels"
+FOUR_BITS = "4 bits"  # of a copy for drafts: see `coarse`
 
 
 def matmul(x: jax.Array, kernel: jax.Array, dtype=None) -> jax.Array:
@@ -142,7 +143,11 @@ class Linear(nnx.Module):
     # split over `tensor` in its inner part would be gathered on every device.
     wide = lambda w: w[...].astype(x.dtype).reshape(x.shape[-1], *w.shape[ins:])
     ins = len(self.inputs)
-    if self.out_first:
+    if self.out_first == FOUR_BITS:
+      of_panels = self.kernel[...], self.kernel_scale[...]
+      y = four_bits.matmul(x.reshape(-1, x.shape[-1]), *of_panels)
+      y = y.reshape(batch, rows, *self.outputs)
+    elif self.out_first:
       kernel, laid = self.kernel[...], self.out_first
       y = matmul_out_first(x, kernel, self.outputs, dtype, laid)
       if self.kernel_scale is not None:
@@ -191,12 +196,11 @@ class Linear(nnx.Module):
     flat = self.kernel[...].reshape(math.prod(self.inputs), -1)
     self.kernel, self.out_first = nnx.Param(lay_out(flat.T, laid)), laid
 
-  def round_to_8_bits(self):
-    """Of a kernel in panels of float32: see `panels.in_8_bits`."""
-    kernel, scale = panels.in_8_bits(self.kernel[...])
-    scale = scale[: math.prod(self.outputs)].reshape(1, *self.outputs)
-    self.kernel = nnx.Param(kernel)
-    self.kernel_scale = nnx.data(nnx.Param(scale))  # was None
+  def round_to_4_bits(self):
+    """Of a kernel in panels of float32: see `four_bits`."""
+    packed = four_bits.pack(self.kernel[...], math.prod(self.outputs))
+    self.out_first, self.kernel = FOUR_BITS, nnx.Param(packed[0])
+    self.kernel_scale = nnx.data(nnx.Param(packed[1]))  # was None
 
 
 def layout(kernel: jax.Array, dtype: str, on: Sequence[str]) -> str:

@@ -1,10 +1,10 @@
 """The library's own kernels for a CPU: C++, compiled where they run.
 
-Those of `panels` and `tree_attention_cpu`, as one library, made for this
-machine by its C++ compiler the first time that a decoding asks for it, and kept
-in the user's cache folder. The compiler is $CXX or, if that is not set, the
-first of c++, g++ and clang++; where there is none (CXX= makes it so), XLA's
-products and attention stay. experiments/step_cost has the times of both.
+Those of `panels`, `four_bits` and `tree_attention_cpu`, as one library, made
+for this machine by its C++ compiler the first time that a decoding asks for it,
+and kept in the user's cache folder. The compiler is $CXX or, if that is not
+set, the first of c++, g++ and clang++; where there is none (CXX= makes it so),
+XLA's products and attention stay. experiments/step_cost has the times of both.
 """
 
 import ctypes
@@ -26,10 +26,11 @@ import jaxlib
 # Names for jax.ffi, and of the library's functions.
 TARGETS = {
   "spec_stream_panels": "SpecStreamPanels",
+  "spec_stream_four_bits": "SpecStreamFourBits",
   "spec_stream_attention": "SpecStreamAttention",
 }
 _HERE = pathlib.Path(__file__).parent
-_SOURCES = [_HERE / "panels.cc", _HERE / "tree_attention_cpu.cc"]
+_SOURCES = sorted(_HERE.glob("*.cc"))
 _FLAGS = (
   "-O3",
   # For GCC on a PowerPC or an ARM, and clang there, -march is another thing.
@@ -102,7 +103,7 @@ def compile_for(compiler: Sequence[str], folder: pathlib.Path) -> pathlib.Path:
   headers = jax.ffi.include_dir()
   about = (*compiler, *_FLAGS, headers, jaxlib.__version__)
   # A home may be shared by unlike machines, and `native` is this one.
-  read = [path.read_text() for path in (*_SOURCES, _HERE / "tiles.h")]
+  read = [path.read_text() for path in (*_SOURCES, *sorted(_HERE.glob("*.h")))]
   for part in (*read, *about, platform.platform(), _features()):
     key.update(part.encode() + b"\0")
   library = folder / f"kernels-{key.hexdigest()[:16]}.so"

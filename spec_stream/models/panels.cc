@@ -2,9 +2,7 @@
 // whichever is less: y [R, O] = x [R, I] W, in float32. A panel is kGroup
 // outputs: of each input in turn the weights of all of them, [O / kGroup, I,
 // kGroup], so that a sum never leaves its lane and a panel is read in order.
-// Weights are float32 or, as integers of 8 bits, become that on their way; or
-// they are such integers of two inputs each, [O / kGroup, I / 2, kGroup], and
-// rows become integers too, of 16 bits: half the work, and nearly the sums.
+// Weights are float32 or, as integers of 8 bits, become that on their way.
 //
 // A core reads two panels at once (where a tile is as wide), for memory gives
 // more to two streams than to one, and each once: pieces that fit into its
@@ -14,9 +12,9 @@
 //
 // native.py compiles this file for the machine it runs on.
 
-#include <cmath>
-#include <vector>
+#include <algorithm>
 
+#include "share.h"
 #include "tiles.h"
 
 namespace ffi = xla::ffi;
@@ -26,7 +24,6 @@ namespace {
 
 constexpr int kWidth = 2 * kGroup;  // outputs of a pair of panels
 static_assert(kWidth % (kVectors * kLanes) == 0);
-constexpr int kMost = 32767;        // of a row's whole numbers the largest
 constexpr int64_t kPieces = 8192;   // bytes of a pair's two pieces
 constexpr int64_t kFew = 8;         // more rows want pieces twice as large
 constexpr int64_t kBlock = 48;      // rows that pass a pair together
@@ -52,10 +49,9 @@ void Multiply(const Pieces<Weight>& pieces, int64_t rows, const Weight* next) {
 
 template <typename Weight>
 struct Product {
-  const Input<Weight>* x;
+  const float* x;
   const Weight* w;
   float* y;
-  const float* ones;  // what 1 of a row of x is; null: 1
   int64_t rows, inputs, outputs, pairs;
 
   // One pair of panels of all rows; `next`: that which this thread will read
@@ -72,10 +68,7 @@ struct Product {
       Block(pair, row, some, row + some == rows ? after : nullptr, sums);
       float* out = y + row * outputs + pair * kWidth;
       for (int64_t r = 0; r < some; ++r) {
-        const float one = ones ? ones[row + r] : 1;
-        for (int64_t i = 0; i < left; ++i) {
-          out[r * outputs + i] = one * sums[r * kWidth + i];
-        }
+        std::copy_n(sums + r * kWidth, left, out + r * outputs);
       }
     }
   }
@@ -83,13 +76,10 @@ struct Product {
   void Block(int64_t pair, int64_t row, int64_t some, const Weight* after,
              float* sums) const {
     constexpr int64_t few = kPieces / (kWidth * sizeof(Weight));  // inputs
-    // A piece's sums of integers are below 2 ^ 31.
-    static_assert(!kWhole<Weight> || 2 * few * 127 * kMost < 1LL << 31);
     // A piece, the next and rows of x are to have room in the nearest cache;
     // where arithmetic takes longer, tiles that end seldom are worth more. One
     // row reads all but once, best on and on.
-    const int64_t most = kWhole<Weight> ? few
-                         : rows == 1    ? inputs
+    const int64_t most = rows == 1      ? inputs
                          : rows <= kFew ? few
                                         : 2 * few;
     for (int64_t i = 0; i < inputs; i += most) {
@@ -112,42 +102,11 @@ struct Product {
   const Weight* Of(int64_t pair) const { return w + pair * inputs * kWidth; }
 };
 
-// Rows [R, I] as whole numbers, two in the halves of each element, [R, I / 2],
-// and what 1 is in each row.
-struct Halved {
-  Halved(const float* x, int64_t rows, int64_t inputs)
-      : width(Up(inputs, 2)), halves(rows * width), ones(rows) {
-    for (int64_t r = 0; r < rows; ++r, x += inputs) {
-      float largest = 0;
-      for (int64_t i = 0; i < inputs; ++i) {
-        largest = std::max(largest, std::fabs(x[i]));
-      }
-      ones[r] = largest / kMost;
-      const float scale = largest > 0 ? kMost / largest : 0;
-      const auto whole = [=](int64_t i) -> int32_t {
-        const float v = x[i] * scale;
-        if (!(v > -kMost)) return -kMost;  // and of what is not a number
-        return std::min<float>(v, kMost) + (v < 0 ? -0.5f : 0.5f);
-      };
-      int32_t* out = &halves[r * width];
-      for (int64_t i = 0; i < inputs / 2; ++i) {
-        out[i] = (whole(2 * i) & 0xffff) | whole(2 * i + 1) * 65536;
-      }
-      if (inputs % 2) out[width - 1] = whole(inputs - 1) & 0xffff;
-    }
-  }
-
-  int64_t width;
-  std::vector<int32_t> halves;
-  std::vector<float> ones;
-};
-
 ffi::Error Matmul(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x,
                   ffi::AnyBuffer kernel, ffi::ResultBufferR2<ffi::F32> y) {
   const int64_t rows = x.dimensions()[0], outputs = y->dimensions()[1];
   const int64_t pairs = Up(outputs, kWidth);
-  const bool whole = kernel.element_type() == ffi::S16;
-  const int64_t inputs = Up(x.dimensions()[1], whole ? 2 : 1);
+  const int64_t inputs = x.dimensions()[1];
   const auto sizes = kernel.dimensions();
   if (sizes.size() != 3 || sizes[0] != 2 * pairs || sizes[1] != inputs ||
       sizes[2] != kGroup || y->dimensions()[0] != rows) {
@@ -158,28 +117,22 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x,
     std::fill(out, out + rows * outputs, 0.0f);
     return ffi::Error::Success();
   }
-  const auto share = [&](const auto* x, const auto* w, const float* ones) {
+  const auto share = [&](const auto* w) {
     using Weight = std::decay_t<decltype(*w)>;
-    const Product<Weight> product{x,    w,      out,     ones,
-                                  rows, inputs, outputs, pairs};
+    const Product<Weight> product{x.typed_data(), w,       out,  rows,
+                                  inputs,         outputs, pairs};
     Share(pool, pairs, pairs * inputs * kWidth / kLeast,
           [product](int64_t i, int64_t next) { product.Pair(i, next); });
   };
   switch (kernel.element_type()) {
     case ffi::F32:
-      share(x.typed_data(), kernel.typed_data<float>(), nullptr);
+      share(kernel.typed_data<float>());
       break;
     case ffi::S8:
-      share(x.typed_data(), kernel.typed_data<int8_t>(), nullptr);
+      share(kernel.typed_data<int8_t>());
       break;
-    case ffi::S16: {
-      const Halved of(x.typed_data(), rows, x.dimensions()[1]);
-      share(of.halves.data(), kernel.typed_data<int16_t>(), of.ones.data());
-      break;
-    }
     default:
-      return ffi::Error::InvalidArgument(
-          "a kernel of float32, int8 or int16, please");
+      return ffi::Error::InvalidArgument("a kernel of float32 or int8, please");
   }
   return ffi::Error::Success();
 }

@@ -1,14 +1,10 @@
-// What the kernels for a CPU share: registers, tiles of a product whose sums
-// stay in them, and threads. Compiled with each kernel, see native.py.
+// Registers, and tiles of a product whose sums stay in them. Compiled with each
+// kernel for a CPU in float32, see native.py.
 
 #pragma once
 
-#include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <memory>
-#include <thread>
 #include <type_traits>
 
 #if defined(__AVX__)
@@ -17,7 +13,7 @@
 #include <arm_neon.h>
 #endif
 
-#include "xla/ffi/api/ffi.h"
+#include "share.h"
 
 namespace spec_stream {
 
@@ -39,13 +35,6 @@ constexpr int kGroup = 16;     // outputs of a group: a line, in float32
 static_assert(kGroup % kLanes == 0);
 
 typedef float Vector __attribute__((vector_size(kLanes * 4)));
-// In each lane whole numbers of two inputs, 16 bits each, or a sum of 32 bits.
-typedef int32_t Halves __attribute__((vector_size(kLanes * 4)));
-// Whether an element of this type is weights of two inputs, and one of x too.
-template <typename Weight>
-constexpr bool kWhole = std::is_same_v<Weight, int16_t>;
-template <typename Weight>
-using Input = std::conditional_t<kWhole<Weight>, int32_t, float>;
 
 inline Vector Load(const float* from) {
   Vector x;
@@ -68,31 +57,11 @@ inline Vector Load(const int8_t* from) {
 #endif
 }
 
-// Weights of two inputs in each element, 8 bits each.
-inline Halves Load(const int16_t* from) {
-#if defined(__AVX512BW__)
-  const auto* at = reinterpret_cast<const __m256i*>(from);
-  return (Halves)_mm512_cvtepi8_epi16(_mm256_loadu_si256(at));
-#elif defined(__AVX2__) && !defined(__AVX512F__)
-  const auto* at = reinterpret_cast<const __m128i*>(from);
-  return (Halves)_mm256_cvtepi8_epi16(_mm_loadu_si128(at));
-#else
-  typedef int16_t Small __attribute__((vector_size(kLanes * 2)));
-  Small x;
-  std::memcpy(&x, from, sizeof(x));
-  const Halves both = __builtin_convertvector(x, Halves);
-  return (both << 24 >> 24 & 0xffff) | both >> 8 << 16;
-#endif
-}
-
-constexpr int64_t Up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 inline void Store(Vector x, float* to) { std::memcpy(to, &x, sizeof(x)); }
 
 // Keeps what was loaded in a register: GCC else loads it again for each product
 // with it, and a core loads no faster than it multiplies.
-template <typename Register>
-inline Register Kept(Register x) {
+inline Vector Kept(Vector x) {
 #if defined(__AVX512F__)
   __asm__("" : "+v"(x));
 #elif defined(__AVX__)
@@ -116,17 +85,6 @@ inline Vector MultiplyAdd(Vector a, Vector b, Vector c) {
 #endif
 }
 
-// The same of whole numbers; both halves' products go into a sum.
-inline Halves MultiplyAdd(Halves a, Halves b, Halves c) {
-#if defined(__AVX512BW__)
-  return Kept(c + (Halves)_mm512_madd_epi16((__m512i)a, (__m512i)b));
-#elif defined(__AVX2__) && !defined(__AVX512F__)
-  return Kept(c + (Halves)_mm256_madd_epi16((__m256i)a, (__m256i)b));
-#else
-  return c + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
-#endif
-}
-
 // The same of one number.
 inline float MultiplyAdd(float a, float b, float c) {
 #if defined(__AVX512F__) || defined(__FMA__) || defined(__aarch64__)
@@ -138,38 +96,34 @@ inline float MultiplyAdd(float a, float b, float c) {
 
 // Adds one input's products to the sums. x: of the tile's first row; apart: from
 // one row to the next; far: from one group of outputs to the next.
-template <int rows, int vectors, typename Weight, typename Far,
-          typename Register>
-inline void Step(const Input<Weight>* x, const Weight* w, int64_t apart,
-                 Far far, Register (&sums)[rows][vectors]) {
-  const auto row = [=](int r) { return Kept(x[r * apart] - Register{}); };
+template <int rows, int vectors, typename Weight, typename Far>
+inline void Step(const float* x, const Weight* w, int64_t apart, Far far,
+                 Vector (&sums)[rows][vectors]) {
+  const auto row = [=](int r) { return Kept(x[r * apart] - Vector{}); };
   const auto weights = [=](int v) {
     const int at = v * kLanes;
     return Kept(Load(w + at / kGroup * far + at % kGroup));
   };
   // Of the two the fewer stay in registers; -0 - 0 is -0.
   if constexpr (rows < vectors) {
-    // Products of whole numbers want a register before they are added: with
-    // most rows the last is read again.
-    constexpr int held = kWhole<Weight> && rows == kRows ? rows - 1 : rows;
-    Register each[rows];
+    Vector each[rows];
 #pragma GCC unroll 12
-    for (int r = 0; r < held; ++r) each[r] = row(r);
+    for (int r = 0; r < rows; ++r) each[r] = row(r);
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      const Register all = weights(v);
+      const Vector all = weights(v);
 #pragma GCC unroll 12
       for (int r = 0; r < rows; ++r) {
-        sums[r][v] = MultiplyAdd(r < held ? each[r] : row(r), all, sums[r][v]);
+        sums[r][v] = MultiplyAdd(each[r], all, sums[r][v]);
       }
     }
   } else {
-    Register each[vectors];
+    Vector each[vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) each[v] = weights(v);
 #pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) {
-      const Register all = row(r);
+      const Vector all = row(r);
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) {
         sums[r][v] = MultiplyAdd(all, each[v], sums[r][v]);
@@ -186,7 +140,7 @@ using SideBySide = std::integral_constant<int64_t, kGroup>;
 // sums go, `to` from row to row.
 template <typename Weight, typename Width, typename Far>
 struct Factors {
-  const Input<Weight>* x;
+  const float* x;
   const Weight* w;
   float* y;
   int64_t n, apart, to;
@@ -205,20 +159,16 @@ __attribute__((noinline)) const char* Tile(
     const char* next, int lines) {
   constexpr int streams =
       std::is_same_v<Far, SideBySide> ? 1 : Up(vectors * kLanes, kGroup);
-  using Register = decltype(Load(f.w));
-  const Input<Weight>* x = f.x + row * f.apart;
+  const float* x = f.x + row * f.apart;
   const Weight* w = f.w + at / kGroup * f.far + at % kGroup;
   float* y = f.y + row * f.to + at;
-  // Sums go on from y, so that where pieces end changes no bit of them; those
-  // of whole numbers are added in the end.
-  constexpr bool go_on = !kWhole<Weight>;
-  Register sums[rows][vectors];
+  // They go on from y, so that where pieces end changes no bit of them.
+  Vector sums[rows][vectors];
 #pragma GCC unroll 12
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      sums[r][v] = Register{};
-      if constexpr (go_on) sums[r][v] = Load(y + r * f.to + v * kLanes);
+      sums[r][v] = Load(y + r * f.to + v * kLanes);
     }
   }
   int64_t i = 0;
@@ -241,9 +191,7 @@ __attribute__((noinline)) const char* Tile(
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      float* to = y + r * f.to + v * kLanes;
-      const Vector sum = __builtin_convertvector(sums[r][v], Vector);
-      Store(go_on ? sum : Load(to) + sum, to);
+      Store(sums[r][v], y + r * f.to + v * kLanes);
     }
   }
   return next;
@@ -270,45 +218,6 @@ const char* Tiles(const Factors<Weight, Width, Far>& f, int64_t rows,
     next = TileOf<kRows, vectors>(end - row, f, row, at, next, some);
   }
   return next;
-}
-
-// What the threads of a call share. One may come when all is done and the call
-// is over: what it needs to find that out is no other's.
-struct Shared {
-  std::atomic<int64_t> ends{0}, done{0};
-  std::unique_ptr<std::atomic<int64_t>[]> taken;  // of each stretch
-};
-
-// Calls work(i, next) for each i below `count`, by `threads` of the pool, of
-// which the caller is one. Each stretch of numbers is worked on from both its
-// ends, so that a thread reads on and on, and none waits for one that began
-// late. next: what this thread will work on then, if no other does (and if it
-// is one of them).
-template <typename Work>
-void Share(xla::ffi::ThreadPool& pool, int64_t count, int64_t threads,
-           const Work& work) {
-  threads = std::clamp<int64_t>(threads, 1, std::max<int64_t>(1, count));
-  threads = std::min(threads, std::max<int64_t>(1, pool.num_threads()));
-  const int64_t stretches = Up(threads, 2);
-  auto shared = std::make_shared<Shared>();
-  shared->taken.reset(new std::atomic<int64_t>[stretches]());
-  const auto all = [=] {
-    for (int64_t e; (e = shared->ends.fetch_add(1)) < 2 * stretches;) {
-      const int64_t s = e / 2, way = e % 2 ? -1 : 1;
-      const int64_t from = count * s / stretches;
-      const int64_t to = count * (s + 1) / stretches;
-      int64_t i = e % 2 ? to - 1 : from, done = 0;
-      for (; shared->taken[s].fetch_add(1) < to - from; i += way, ++done) {
-        work(i, i + way);
-      }
-      shared->done.fetch_add(done, std::memory_order_release);
-    }
-  };
-  for (int64_t t = 1; t < threads; ++t) pool.Schedule([all] { all(); });
-  all();
-  while (shared->done.load(std::memory_order_acquire) < count) {
-    std::this_thread::yield();
-  }
 }
 
 }  // namespace spec_stream

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <vector>
 
+#include "share.h"
 #include "tiles.h"
 
 namespace ffi = xla::ffi;

@@ -1,0 +1,118 @@
+"""Products by four_bits.cc against NumPy's, and the copies that they are of."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from random_models import CASES, as_float32, random_model
+
+from spec_stream.cache import empty
+from spec_stream.models import four_bits, lora, native, panels, transformer
+
+compiled = pytest.mark.skipif(
+  not native.find_compiler(), reason="there is no C++ compiler"
+)
+matmul = jax.jit(four_bits.matmul)
+
+
+def packed(kernel):
+  return four_bits.pack(panels.pack(kernel), len(kernel))
+
+
+@compiled
+@settings(max_examples=25)
+@given(
+  rows=st.integers(1, 30),
+  inputs=st.integers(1, 600),
+  outputs=st.integers(1, 100),
+  seed=st.integers(0, 2**32 - 1),
+)
+@example(rows=3, inputs=2049, outputs=33, seed=0)
+@example(rows=4, inputs=32, outputs=32, seed=0)
+def test_product(rows, inputs, outputs, seed):
+  """That of the integers that rows and weights are rounded to."""
+  assert native.is_ready()
+  rng = np.random.default_rng(seed)
+  draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  x, kernel = draw(rows, inputs), draw(outputs, inputs)
+  in_4_bits, one = packed(kernel)
+  assert in_4_bits.nbytes * 2 <= (inputs + 31) * (outputs + 31)
+  step = np.abs(kernel).max(1) / 7
+  np.testing.assert_allclose(one, step, rtol=1e-6)
+  weights = np.round(kernel / one[:, None]) * one[:, None]
+  largest, half = np.abs(x).max(1, keepdims=True), np.float32(0.5)
+  of_x = x * (127 / largest)
+  rounded = np.trunc(of_x + np.copysign(half, of_x)) * (largest / 127)
+  y = matmul(x, in_4_bits, one)
+  right = rounded.astype(np.float64) @ weights.T
+  np.testing.assert_allclose(y, right, rtol=1e-5, atol=1e-5)
+  np.testing.assert_array_equal(matmul(x[-1:], in_4_bits, one), y[-1:])
+  elsewhere = jax.jit(four_bits.by_xla)(x, in_4_bits, one)
+  np.testing.assert_allclose(elsewhere, x @ weights.T, atol=1e-3)
+
+
+@compiled
+def test_integers_at_their_largest():
+  """Sums fit into their bits; NaN and infinity stay in their rows."""
+  assert native.is_ready()
+  x, kernel = np.ones((4, 4096), np.float32), np.ones((32, 4096), np.float32)
+  x[1], kernel[1] = -1, -1
+  x[2, 5], x[3, 5] = np.inf, np.nan
+  in_4_bits, one = packed(kernel)
+  y = four_bits.matmul(x, in_4_bits, one)
+  np.testing.assert_allclose(y[:2], x[:2] @ kernel.T, rtol=1e-5)
+  assert not np.isfinite(y[2]).any()
+  np.testing.assert_array_equal(four_bits.matmul(0 * x[:1], in_4_bits, one), 0)
+
+
+def test_an_output_of_zeros():
+  kernel = np.zeros((3, 5), np.float32)
+  x = np.ones((2, 5), np.float32)
+  np.testing.assert_array_equal(four_bits.by_xla(x, *packed(kernel)), 0)
+
+
+STREAMS = dataclasses.replace(
+  as_float32(CASES["lossless"][0]), width=64, num_heads=4, head_dim=16
+)
+
+
+@compiled
+@pytest.mark.parametrize("tied", [True, False])
+def test_copies_for_drafts_are_nearly_the_weights(tied, monkeypatch):
+  config = dataclasses.replace(STREAMS, tie_embeddings=tied)
+  graph, state = nnx.split(random_model(config, 0))
+  model = nnx.merge(graph, jax.tree.map(jnp.asarray, state))
+  with monkeypatch.context() as patch:
+    patch.setattr(lora, "_LARGE", 0)
+    laid = transformer.for_decoding(model)
+  assert model.coarse is None and laid.coarse is not None
+  assert laid.coarse.head.out_first == lora.FOUR_BITS
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  # Of 4 bits a tenth and more in a product; what is not of it is beyond 1.
+  near = lambda a, b: jnp.linalg.norm(a - b) < 0.3 * jnp.linalg.norm(b)
+  hidden = draw(1, 3, config.width)
+  right, drafted = model.logits(hidden), laid.logits(hidden, drafts=True)
+  assert near(drafted, right) and (drafted != right).any()
+  np.testing.assert_allclose(laid.logits(hidden), right, atol=1e-4)
+  sizes = config.num_layers, config.num_kv_heads, config.head_dim
+  cache = empty(1, 8, *sizes, "float32").replace(length=jnp.array([1]))
+  args = draw(1, config.width), jnp.array([0]), cache, 2
+  streams = transformer.forward_streams(laid, *args)
+  assert near(streams, transformer.forward_streams(model, *args))
+
+
+@compiled
+def test_no_copies_beside_a_head_that_is_not_in_panels(monkeypatch):
+  monkeypatch.setattr(lora, "_LARGE", 2**15)  # an eighth is 4 KiB
+  config = dataclasses.replace(STREAMS, tie_embeddings=True)
+  graph, state = nnx.split(random_model(config, 0))
+  model = nnx.merge(graph, jax.tree.map(jnp.asarray, state))
+  laid = transformer.for_decoding(model)
+  assert not laid.embed.out_first and laid.blocks[0].attention.qkv.out_first
+  assert laid.coarse is None
