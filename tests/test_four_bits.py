@@ -1,6 +1,8 @@
 """Products by four_bits.cc against NumPy's, and the copies that they are of."""
 
+import ctypes
 import dataclasses
+import platform
 
 import jax
 import jax.numpy as jnp
@@ -66,14 +68,49 @@ def test_integers_at_their_largest():
   in_4_bits, one = packed(kernel)
   y = four_bits.matmul(x, in_4_bits, one)
   np.testing.assert_allclose(y[:2], x[:2] @ kernel.T, rtol=1e-5)
-  assert not np.isfinite(y[2]).any()
+  assert not np.isfinite(y[2]).any() and np.isnan(y[3]).all()
   np.testing.assert_array_equal(four_bits.matmul(0 * x[:1], in_4_bits, one), 0)
 
 
-def test_an_output_of_zeros():
-  kernel = np.zeros((3, 5), np.float32)
-  x = np.ones((2, 5), np.float32)
-  np.testing.assert_array_equal(four_bits.by_xla(x, *packed(kernel)), 0)
+@compiled
+@pytest.mark.parametrize("multiply", [four_bits.matmul, four_bits.by_xla])
+def test_an_output_of_zeros(multiply):
+  assert native.is_ready()
+  kernel, x = np.eye(3, 5, dtype=np.float32), np.ones((2, 5), np.float32)
+  kernel[1] = 0
+  y = multiply(x, *packed(kernel))
+  np.testing.assert_allclose(y, [[1, 0, 1]] * 2, rtol=1e-6)
+
+
+@compiled
+@pytest.mark.usefixtures("x64")
+def test_beside_float64():
+  """What is float32 is packed and multiplied as without it."""
+  assert native.is_ready()
+  x, kernel = np.ones((2, 40), np.float32), np.ones((9, 40), np.float32)
+  in_4_bits, one = packed(kernel)
+  assert (in_4_bits.dtype, one.dtype) == (jnp.int32, jnp.float32)
+  np.testing.assert_allclose(four_bits.matmul(x, in_4_bits, one), 40, rtol=1e-6)
+
+
+@compiled
+@pytest.mark.skipif(
+  platform.machine().lower() not in ("x86_64", "amd64"), reason="no x86"
+)
+def test_without_avx2(monkeypatch, tmp_path):
+  """On older machines and others the same integers, by plain loops."""
+  assert native.is_ready()
+  older = native.compile_for([*native.find_compiler(), "-mno-avx2"], tmp_path)
+  function = ctypes.CDLL(str(older)).SpecStreamFourBits
+  jax.ffi.register_ffi_target(
+    "older", jax.ffi.pycapsule(function), platform="cpu"
+  )
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  args = draw(6, 75), *packed(draw(41, 75))
+  here = four_bits.matmul(*args)
+  monkeypatch.setattr(four_bits, "TARGET", "older")
+  np.testing.assert_array_equal(four_bits.matmul(*args), here)
 
 
 STREAMS = dataclasses.replace(
@@ -104,7 +141,8 @@ def test_copies_for_drafts_are_nearly_the_weights(tied, monkeypatch):
   cache = empty(1, 8, *sizes, "float32").replace(length=jnp.array([1]))
   args = draw(1, config.width), jnp.array([0]), cache, 2
   streams = transformer.forward_streams(laid, *args)
-  assert near(streams, transformer.forward_streams(model, *args))
+  right = transformer.forward_streams(model, *args)
+  assert near(streams, right) and (streams != right).any()
 
 
 @compiled

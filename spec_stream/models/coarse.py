@@ -4,8 +4,9 @@ Where they come after acceptance (`one_pass`), the top layers and the LM head
 are read a second time, for a few rows: a sixth of a step on a CPU, which waits
 for its memory. Drafts alone come of it, so by the rule "exact" no token depends
 on it (as on any draft), and drafts hardly do: a copy of an eighth of the size
-serves, and so do products of integers (`four_bits`). Nodes go through the
-weights themselves, and so do streams in one pass with them.
+serves, and so do products of integers (`four_bits`; experiments/e2e_nlg has the
+tokens per call). Nodes go through the weights themselves, and so do streams in
+one pass with them, as all do where the main stream attends to its streams.
 """
 
 from flax import nnx
@@ -24,7 +25,8 @@ class Coarse(nnx.Module):
 
 def copies(config: ModelConfig, blocks, head: Linear | Embed) -> Coarse | None:
   """Of a model's layers and its LM head or tied table, as they are laid out;
-  None if one that streams alone go through is not in `panels`, in float32.
+  None without streams, where the main stream attends to them, or if a kernel
+  that streams alone go through is not in `panels`, in float32.
 
   Norms, adapters and biases are the model's own.
   """

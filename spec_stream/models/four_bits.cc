@@ -1,18 +1,17 @@
 // Rows times a kernel in 4 bits: y [R, O] = x [R, I] W, nearly, of few rows and
-// at a quarter of the bytes of one in 8 bits and 1 in 8 of float32's. Weights
-// are integers of -8 to 7 and, for each output, what 1 is; rows become integers
-// of 8 bits here, and what 1 is. Sums are of integers, and exact.
+// an eighth of float32's bytes. Weights are integers of -7 to 7 and, for each
+// output, what 1 is; rows become integers of 8 bits here, and what 1 is. Sums
+// are of integers, and exact.
 //
-// A panel is kOutputs outputs: of each kInputs inputs in turn the weights of all
-// of them, [panels, I / kInputs, kOutputs], those of an output in an element of
-// 32 bits, 8 more than they are. In its byte b the low half is the weight of
-// input b, the high half that of b + 4. A core reads two panels at once, half
-// the kernel apart (panels.cc says why).
+// A panel is kOutputs outputs: of each kInputs inputs in turn the weights of
+// all of them, [panels, I / kInputs, kOutputs], those of an output in an
+// element of 32 bits, 8 more than they are. In its byte b the low half is the
+// weight of input b, the high half that of b + 4. A core reads two panels at
+// once, half the kernel apart (panels.cc says why).
 //
 // native.py compiles this file for the machine it runs on.
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -33,17 +32,17 @@ constexpr int kInputs = 8;           // of an element
 constexpr int kChunk = 4 * kInputs;  // inputs that make a sum of 16 bits
 constexpr int kRows = 4;             // of a tile
 constexpr int kMost = 127;           // of a row's integers the largest
-constexpr int kAhead = 256;          // elements to prefetch, of the next panels
-constexpr int64_t kLeast = 65536;    // weights worth taking, or a thread
-// A sum of 16 bits is of a quarter of a chunk's inputs twice.
-static_assert(kChunk / 4 * 2 * 15 * kMost < 1 << 15);
+constexpr int kAhead = 256;          // elements that prefetching is ahead
+constexpr int64_t kLeast = 65536;    // weights of a turn, worth a thread
+// A sum of 16 bits is of half a chunk's inputs.
+static_assert(kChunk / 2 * 15 * kMost < 1 << 15);
 
-// Sums of `rows` rows, int8, `apart` from one to the next, in the outputs of the
-// panels a and b, of n inputs.
+// Sums of `rows` rows, int8, `apart` from one to the next, in the outputs of
+// the panels a and b, of n inputs.
 #if defined(__AVX2__)
 // Keeps a sum where it is: GCC else puts all products away before it adds any.
 inline __m256i Kept(__m256i x) {
-  __asm__("" : "+x"(x));
+  __asm__("" : "+v"(x));
   return x;
 }
 
@@ -133,15 +132,19 @@ struct Rows {
       : count(count), width(width), whole(count * width), ones(count),
         eights(count) {
     for (int64_t r = 0; r < count; ++r, x += inputs) {
-      float largest = 0;
+      int32_t top = 0;  // as floats in order, and what is no number above them
       for (int64_t i = 0; i < inputs; ++i) {
-        largest = std::max(largest, std::fabs(x[i]));
+        int32_t bits;
+        std::memcpy(&bits, x + i, sizeof(bits));
+        top = std::max(top, bits & 0x7fffffff);
       }
+      float largest;
+      std::memcpy(&largest, &top, sizeof(top));
       ones[r] = largest / kMost;
       const float scale = largest > 0 ? kMost / largest : 0;
       int32_t sum = 0;
       for (int64_t i = 0; i < inputs; ++i) {
-        // Compared so that what is not a number becomes one.
+        // Compared so that what is no number becomes one: `ones` says so.
         const float v = x[i] * scale > -kMost ? x[i] * scale : -kMost;
         const int32_t near = std::min<float>(v, kMost) + (v < 0 ? -.5f : .5f);
         whole[r * width + i] = near;
@@ -171,14 +174,17 @@ void Pair(const Rows& rows, const int32_t* kernel, const float* scale,
       for (int v = 0; v < 2; ++v) {
         const int64_t first = (a + v * far) * kOutputs;
         const int64_t end = std::min<int64_t>(outputs - first, kOutputs);
+        if (end <= 0) continue;  // a panel of filling alone
+        const int32_t eights = rows.eights[row + r];
+        const float one = rows.ones[row + r], *ones = scale + first;
         float found[kOutputs], *to = y + (row + r) * outputs + first;
         for (int o = 0; o < kOutputs; ++o) {
-          found[o] = rows.ones[row + r] * (sums[r][v][o] - rows.eights[row + r]);
+          found[o] = one * (sums[r][v][o] - eights);
         }
-        if (end == kOutputs) {
-          for (int o = 0; o < kOutputs; ++o) to[o] = scale[first + o] * found[o];
+        if (end == kOutputs) {  // a few instructions, of a number known here
+          for (int o = 0; o < kOutputs; ++o) to[o] = ones[o] * found[o];
         } else {
-          for (int o = 0; o < end; ++o) to[o] = scale[first + o] * found[o];
+          for (int o = 0; o < end; ++o) to[o] = ones[o] * found[o];
         }
       }
     }
@@ -200,10 +206,13 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x,
         "[R, I], [P, I / 8, 8], [O], [R, O] do not fit");
   }
   float* out = y->typed_data();
+  if (count * inputs * outputs == 0) {
+    std::fill(out, out + count * outputs, 0.0f);
+    return ffi::Error::Success();
+  }
   const Rows rows(x.typed_data(), count, inputs, width);
   const int32_t* w = kernel.typed_data();
   const float* ones = scale.typed_data();
-  if (count == 0 || outputs == 0) return ffi::Error::Success();
   const int64_t all = panels * kOutputs * width;
   const int64_t turns = std::clamp<int64_t>(all / kLeast, 1, pairs);
   Share(pool, turns, turns, [=, &rows](int64_t turn, int64_t) {

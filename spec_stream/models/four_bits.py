@@ -1,8 +1,9 @@
 """Products on a CPU with coarse copies of kernels, 4 bits a weight.
 
-For drafts alone (`coarse`): the weights are rounded to integers of 4 bits, and
-rows to 8 bits, each row by its largest value; what is left is exact.
-`four_bits.cc` (see `native`) multiplies, an eighth of float32's bytes.
+For drafts alone (`coarse`): the weights of an output are rounded to integers of
+-7 to 7 by the largest of them, and a row to integers of 8 bits by its own; what
+is left is exact. `four_bits.cc` (see `native`) multiplies, and reads an eighth
+of float32's bytes.
 """
 
 import functools
@@ -30,14 +31,15 @@ def pack(kernel: jax.Array, outputs: int) -> tuple[jax.Array, jax.Array]:
     largest weight of an output is 7 or -7.
   """
   one = jnp.abs(kernel).max(1, keepdims=True) / 7
-  whole = jnp.round(kernel / jnp.where(one > 0, one, 1)).astype(jnp.int32) + 8
+  whole = jnp.round(kernel / jnp.where(one > 0, one, 1))
+  whole = jnp.clip(whole, -7, 7).astype(jnp.int32) + 8
   pad = -whole.shape[1] % _CHUNK
   whole = jnp.pad(whole, ((0, 0), (0, pad), (0, 0)), constant_values=8)
   # [panel, element, half, byte, which 8, output]
   whole = whole.reshape(len(kernel), -1, 2, 4, panels.WIDTH // OUTPUTS, OUTPUTS)
   # No bit is of two of them, so that their sum is their union.
-  packed = (whole << _BITS[..., None, None]).sum((2, 3)).swapaxes(1, 2)
-  packed = packed.reshape(-1, packed.shape[2], OUTPUTS)
+  packed = (whole << _BITS[..., None, None]).sum((2, 3), dtype=jnp.int32)
+  packed = packed.swapaxes(1, 2).reshape(-1, packed.shape[1], OUTPUTS)
   return packed, one.reshape(-1)[:outputs]
 
 

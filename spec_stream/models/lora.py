@@ -85,7 +85,8 @@ class LoRAParam(nnx.Param):
 class Linear(nnx.Module):
   """x [..., *in] -> [..., *out]; kernel [*in, *out], bias [*out] or none.
 
-  `out_first`: see `layout`; then the kernel is as `lay_out` makes it.
+  `out_first`: see `layout`; then the kernel is as `lay_out` makes it, or, for
+  FOUR_BITS, it and its scale are as `four_bits.pack` makes them.
 
   Several projections of the same input stand side by side in one kernel, so
   that main and stream rows pass through one matrix product.

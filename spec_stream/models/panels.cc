@@ -104,9 +104,8 @@ struct Product {
 
 ffi::Error Matmul(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x,
                   ffi::AnyBuffer kernel, ffi::ResultBufferR2<ffi::F32> y) {
-  const int64_t rows = x.dimensions()[0], outputs = y->dimensions()[1];
-  const int64_t pairs = Up(outputs, kWidth);
-  const int64_t inputs = x.dimensions()[1];
+  const int64_t rows = x.dimensions()[0], inputs = x.dimensions()[1];
+  const int64_t outputs = y->dimensions()[1], pairs = Up(outputs, kWidth);
   const auto sizes = kernel.dimensions();
   if (sizes.size() != 3 || sizes[0] != 2 * pairs || sizes[1] != inputs ||
       sizes[2] != kGroup || y->dimensions()[0] != rows) {

@@ -37,12 +37,12 @@ def take(panels: jax.Array, outputs: jax.Array) -> jax.Array:
 
 
 def matmul(x: jax.Array, panels: jax.Array, outputs: int) -> jax.Array:
-  """x [R, I] times panels of O outputs, as `pack` made them -> [R, O].
+  """x [R, I] times panels [P, I, WIDTH] of O outputs, as `pack` made them ->
+  [R, O].
 
-  x and the result are float32, panels of one of DTYPES. On a CPU,
-  where it needs `native.is_ready`, a row of the result does not depend, to the
-  bit, on how many others there are. Neither differentiated nor split over
-  devices.
+  x and the result are float32, panels of one of DTYPES. On a CPU, where it
+  needs `native.is_ready`, a row of the result does not depend, to the bit, on
+  how many others there are. Neither differentiated nor split over devices.
 
   Raises: TypeError of another dtype.
   """
@@ -59,5 +59,5 @@ def matmul(x: jax.Array, panels: jax.Array, outputs: int) -> jax.Array:
 
 def by_xla(x: jax.Array, panels: jax.Array, outputs: int) -> jax.Array:
   """As `matmul`, of a model that was moved to another platform: slower."""
-  kernel = panels.astype(x.dtype)
-  return x @ kernel.swapaxes(0, 1).reshape(x.shape[1], -1)[:, :outputs]
+  kernel = panels.astype(x.dtype).swapaxes(0, 1).reshape(x.shape[1], -1)
+  return x @ kernel[:, :outputs]

@@ -94,8 +94,8 @@ inline float MultiplyAdd(float a, float b, float c) {
 #endif
 }
 
-// Adds one input's products to the sums. x: of the tile's first row; apart: from
-// one row to the next; far: from one group of outputs to the next.
+// Adds one input's products to the sums. x: of the tile's first row; apart:
+// from one row to the next; far: from one group of outputs to the next.
 template <int rows, int vectors, typename Weight, typename Far>
 inline void Step(const float* x, const Weight* w, int64_t apart, Far far,
                  Vector (&sums)[rows][vectors]) {
@@ -148,9 +148,10 @@ struct Factors {
   Far far;
 };
 
-// Adds the products of `rows` rows from `row` on, in outputs from `at` on, to y;
-// prefetches `lines` lines with each kSteps inputs, from `next` on and as far
-// from it as each further group of the tile is from the first -> up to where.
+// Adds the products of `rows` rows from `row` on, in outputs from `at` on, to
+// y; prefetches `lines` lines with each kSteps inputs, from `next` on and as
+// far from it as each further group of the tile is from the first -> up to
+// where.
 // Never inlined: in a function of many tiles GCC keeps the sums of some in
 // memory.
 template <int rows, int vectors, typename Weight, typename Width, typename Far>
@@ -206,8 +207,9 @@ const char* TileOf(int64_t rows, const Args&... args) {
   return Tile<most, vectors>(args...);
 }
 
-// All rows, in tiles of nearly the same size, of the outputs of a tile from `at`
-// on; `lines` to prefetch with each kSteps inputs of all of them, see Tile.
+// All rows, in tiles of nearly the same size, of the outputs of a tile from
+// `at` on; `lines` to prefetch with each kSteps inputs of all of them: see
+// Tile.
 template <int vectors, typename Weight, typename Width, typename Far>
 const char* Tiles(const Factors<Weight, Width, Far>& f, int64_t rows,
                   int64_t at, const char* next, int64_t lines) {

@@ -7,6 +7,7 @@
 //
 // Letters as in attention.py. native.py compiles this file.
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -68,11 +69,11 @@ void Multiply(const float* x, int64_t rows, int64_t apart, const float* w,
   }
   for (; at < outputs; ++at) {
     for (int64_t r = 0; r < rows; ++r) {
-      float sum = 0;
+      float sum = y[r * to + at];
       for (int64_t i = 0; i < n; ++i) {
         sum = MultiplyAdd(x[r * apart + i], w[i * width + at], sum);
       }
-      y[r * to + at] += sum;
+      y[r * to + at] = sum;
     }
   }
 }
@@ -132,7 +133,8 @@ struct Operands {
                   queries + r * groups * size);
     }
     const int64_t unit = b * heads + head;
-    const float *k_new = k + unit * size * rows, *v_new = v + unit * rows * size;
+    const float* k_new = k + unit * size * rows;
+    const float* v_new = v + unit * rows * size;
     const float* k_old = keys + unit * size * slots + begin;
     const float* v_old = values + (unit * slots + begin) * size;
     // Scores beyond the length are junk of slots that there are, or stay 0.
