@@ -46,16 +46,18 @@ def test_product(rows, inputs, outputs, seed):
   assert in_4_bits.nbytes * 2 <= (inputs + 31) * (outputs + 31)
   step = np.abs(kernel).max(1) / 7
   np.testing.assert_allclose(one, step, rtol=1e-6)
-  weights = np.round(kernel / one[:, None]) * one[:, None]
+  one = np.asarray(one)
+  whole = np.round(kernel / one[:, None]).astype(np.float64)
   largest, half = np.abs(x).max(1, keepdims=True), np.float32(0.5)
   of_x = x * (127 / largest)
-  rounded = np.trunc(of_x + np.copysign(half, of_x)) * (largest / 127)
+  rounded = np.trunc(of_x + np.copysign(half, of_x)).astype(np.float64)
   y = matmul(x, in_4_bits, one)
-  right = rounded.astype(np.float64) @ weights.T
-  np.testing.assert_allclose(y, right, rtol=1e-5, atol=1e-5)
+  right = rounded @ whole.T * one * (largest / 127)  # sums are exact
+  np.testing.assert_allclose(y, right, rtol=1e-6)
   np.testing.assert_array_equal(matmul(x[-1:], in_4_bits, one), y[-1:])
   elsewhere = jax.jit(four_bits.by_xla)(x, in_4_bits, one)
-  np.testing.assert_allclose(elsewhere, x @ weights.T, atol=1e-3)
+  right = x.astype(np.float64) @ (whole * one[:, None]).T
+  np.testing.assert_allclose(elsewhere, right, atol=1e-3)
 
 
 @compiled
@@ -100,6 +102,7 @@ def test_beside_float64():
 def test_without_avx2(monkeypatch, tmp_path):
   """On older machines and others the same integers, by plain loops."""
   assert native.is_ready()
+  monkeypatch.setattr(native, "_SOURCES", [native._HERE / "four_bits.cc"])
   older = native.compile_for([*native.find_compiler(), "-mno-avx2"], tmp_path)
   function = ctypes.CDLL(str(older)).SpecStreamFourBits
   jax.ffi.register_ffi_target(

@@ -12,7 +12,7 @@ import pytest
 from scripts import ROOT, script
 
 from spec_stream import UserError, buckets, one_pass
-from spec_stream.models import attention, lora, native, panels
+from spec_stream.models import attention, four_bits, lora, native, panels
 
 
 def test_steps_are_measured_against_their_limits(tmp_path, capsys):
@@ -59,21 +59,28 @@ def test_steps_by_either_product(tmp_path, monkeypatch):
   monkeypatch.setattr(native, "is_ready", native.is_ready)  # restores
   monkeypatch.setattr(one_pass, "most_rows", one_pass.most_rows)
   monkeypatch.setattr(lora, "_LARGE", 0)
-  used, multiply = [], panels.matmul
-  count = lambda x, *args: used.append(len(x)) or multiply(x, *args)
-  monkeypatch.setattr(panels, "matmul", count)
+  used, copies = [], []
+
+  def count(of, into):
+    multiply = of.matmul
+    counting = lambda x, *args: into.append(len(x)) or multiply(x, *args)
+    monkeypatch.setattr(of, "matmul", counting)
+
+  count(panels, used)
+  count(four_bits, copies)
   steps = script("step_cost", "steps.py")
   out = tmp_path / "rows.jsonl"
   args = "--shape=tiny --lengths=20 --new=8 --prompts=2 --nodes=4".split()
-  args += ["--one_pass_rows=0"]  # as with copies in 8 bits
+  args += ["--one_pass_rows=0"]  # as with copies
   jax.clear_caches()
   assert steps.main([*args, f"--out={out}"]) == 0
-  # Plainly, of nodes, of the accepted one's streams.
-  assert {1, 4, 3} <= set(used)
+  # Plainly and of nodes; of the accepted one's streams.
+  assert {1, 4} <= set(used) and set(copies) == {3}
   used.clear()
+  copies.clear()
   jax.clear_caches()
   assert steps.main([*args, "--xla", f"--out={out}"]) == 0
-  assert not used
+  assert not used and not copies
   rows = [json.loads(line) for line in out.read_text().splitlines()]
   assert [r["panels"] for r in rows] == 3 * [True] + 3 * [False]
   assert [r["attention"] for r in rows] == 3 * ["kernel"] + 3 * ["dense"]
