@@ -14,7 +14,7 @@ import numpy as np
 
 from spec_stream.models import panels
 
-OUTPUTS = INPUTS = 8  # of a panel; of an element
+OUTPUTS = 8  # of a panel
 _CHUNK = 32  # inputs are filled up to a multiple of it
 _BITS = np.array([[0, 8, 16, 24], [4, 12, 20, 28]], np.int32)  # of 8 inputs
 TARGET = "spec_stream_four_bits"
