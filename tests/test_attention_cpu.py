@@ -3,16 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
+from compiler import compiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tree_attention import case, dense, slide
 
 from spec_stream.models import native, tree_attention_cpu
-
-compiled = pytest.mark.skipif(
-  not native.find_compiler(), reason="there is no C++ compiler"
-)
 
 
 @compiled

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiler import compiled
 from flax import nnx
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -16,10 +17,12 @@ from random_models import CASES, as_float32, random_model
 from spec_stream.cache import empty
 from spec_stream.models import four_bits, lora, native, panels, transformer
 
-compiled = pytest.mark.skipif(
-  not native.find_compiler(), reason="there is no C++ compiler"
-)
 matmul = jax.jit(four_bits.matmul)
+
+
+def on_device(config):
+  graph, state = nnx.split(random_model(config, 0))
+  return nnx.merge(graph, jax.tree.map(jnp.asarray, state))
 
 
 def packed(kernel):
@@ -125,8 +128,7 @@ STREAMS = dataclasses.replace(
 @pytest.mark.parametrize("tied", [True, False])
 def test_copies_for_drafts_are_nearly_the_weights(tied, monkeypatch):
   config = dataclasses.replace(STREAMS, tie_embeddings=tied)
-  graph, state = nnx.split(random_model(config, 0))
-  model = nnx.merge(graph, jax.tree.map(jnp.asarray, state))
+  model = on_device(config)
   with monkeypatch.context() as patch:
     patch.setattr(lora, "_LARGE", 0)
     laid = transformer.for_decoding(model)
@@ -152,8 +154,7 @@ def test_copies_for_drafts_are_nearly_the_weights(tied, monkeypatch):
 def test_no_copies_beside_a_head_that_is_not_in_panels(monkeypatch):
   monkeypatch.setattr(lora, "_LARGE", 2**15)  # an eighth is 4 KiB
   config = dataclasses.replace(STREAMS, tie_embeddings=True)
-  graph, state = nnx.split(random_model(config, 0))
-  model = nnx.merge(graph, jax.tree.map(jnp.asarray, state))
+  model = on_device(config)
   laid = transformer.for_decoding(model)
   assert not laid.embed.out_first and laid.blocks[0].attention.qkv.out_first
   assert laid.coarse is None

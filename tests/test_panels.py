@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from compiler import compiled
 from flax import nnx
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -33,11 +34,6 @@ from spec_stream.models import (
   tree_attention_cpu,
 )
 from spec_stream.models.layers import Embed
-
-# One that is there and cannot compile it makes these fail.
-compiled = pytest.mark.skipif(
-  not native.find_compiler(), reason="there is no C++ compiler"
-)
 
 
 @functools.partial(jax.jit, static_argnames="cpu")

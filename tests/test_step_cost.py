@@ -9,6 +9,7 @@ import sys
 
 import jax
 import pytest
+from compiler import compiled
 from scripts import ROOT, script
 
 from spec_stream import UserError, buckets, one_pass
@@ -54,7 +55,7 @@ def test_steps_in_two_passes(tmp_path, monkeypatch):
   assert {r["attention"] for r in rows} == {"dense"}
 
 
-@pytest.mark.skipif(not native.find_compiler(), reason="no C++ compiler")
+@compiled
 def test_steps_by_either_product(tmp_path, monkeypatch):
   monkeypatch.setattr(native, "is_ready", native.is_ready)  # restores
   monkeypatch.setattr(one_pass, "most_rows", one_pass.most_rows)
