@@ -110,15 +110,18 @@ class FeedForward(nnx.Module):
     keys = dict(lora_rank=lora_rank, bias=config.ffw_bias, rngs=rngs)
     keys |= dict(quantize=config.quantize)
     self.activation, parts = config.activation, 2 if config.gated else 1
-    self.gate_up = Linear((width,), (parts, hidden), config, **keys)
+    gate = self.activation if config.gated else ""
+    outputs = (parts, hidden)
+    self.gate_up = Linear((width,), outputs, config, gate=gate, **keys)
     # Residual branches start small, so that depth does not blow up the sum.
     std = (hidden * 2 * config.num_layers) ** -0.5
     self.down = Linear((hidden,), (width,), config, std=std, **keys)
 
   def __call__(self, x: jax.Array, adapt_from: int) -> jax.Array:
     y = self.gate_up(x, adapt_from)
-    first = _ACTIVATIONS[self.activation](y[:, :, 0])
-    y = first * y[:, :, 1] if y.shape[2] > 1 else first
+    if not self.gate_up.gated:
+      first = _ACTIVATIONS[self.activation](y[:, :, 0])
+      y = first * y[:, :, 1] if y.shape[2] > 1 else first
     return self.down(y, adapt_from)
 
 

@@ -88,6 +88,9 @@ class Linear(nnx.Module):
   `out_first`: see `layout`; then the kernel is as `lay_out` makes it, or, for
   FOUR_BITS, it and its scale are as `four_bits.pack` makes them.
 
+  gate: an activation f, if out is (2, F) and f(y[0]) * y[1] is wanted of it. A
+  call gives that, [..., F], as soon as `gated` says so: once it is laid out.
+
   Several projections of the same input stand side by side in one kernel, so
   that main and stream rows pass through one matrix product.
   """
@@ -100,12 +103,13 @@ class Linear(nnx.Module):
     *,
     lora_rank: int,
     bias: bool = False,
+    gate: str = "",
     quantize: str = "",
     std: float | None = None,
     rngs: nnx.Rngs,
   ):
     self.inputs, self.outputs = inputs, outputs
-    self.out_first = ""
+    self.out_first, self.gate, self.gated = "", gate, False
     fan_in = math.prod(inputs)
     normal = jax.nn.initializers.normal(
       std or fan_in**-0.5, dtype=config.param_dtype
@@ -147,7 +151,13 @@ class Linear(nnx.Module):
     if self.out_first == FOUR_BITS:
       of_panels = self.kernel[...], self.kernel_scale[...]
       y = four_bits.matmul(x.reshape(-1, x.shape[-1]), *of_panels)
+      if self.gated:
+        return panels.gated(y, self.gate).reshape(batch, rows, -1)
       y = y.reshape(batch, rows, *self.outputs)
+    elif self.gated:
+      kernel, outputs = self.kernel[...], math.prod(self.outputs)
+      y = panels.matmul(x.reshape(-1, x.shape[-1]), kernel, outputs, self.gate)
+      return y.reshape(batch, rows, -1)
     elif self.out_first:
       kernel, laid = self.kernel[...], self.out_first
       y = matmul_out_first(x, kernel, self.outputs, dtype, laid)
@@ -194,8 +204,17 @@ class Linear(nnx.Module):
 
   def lay_out(self, laid: str):
     """Lays out the kernel for what `layout` said."""
-    flat = self.kernel[...].reshape(math.prod(self.inputs), -1)
-    self.kernel, self.out_first = nnx.Param(lay_out(flat.T, laid)), laid
+    kernel = self.kernel[...].reshape(math.prod(self.inputs), -1).T
+    more = self.kernel_scale, self.bias, self.lora_a
+    self.gated = (
+      laid == PANELS
+      and self.gate in panels.GATES
+      and self.outputs[-1] % panels.WIDTH == 0
+      and all(x is None for x in more)
+    )
+    if self.gated:
+      kernel = panels.in_turn(kernel)
+    self.kernel, self.out_first = nnx.Param(lay_out(kernel, laid)), laid
 
   def round_to_4_bits(self):
     """Of a kernel in panels of float32: see `four_bits`."""

@@ -10,10 +10,15 @@
 // way (prefetched, a few lines with each step of the loop). A row's sums are
 // taken in the same order however many others there are.
 //
+// A gated product is f(x W) * x V, of W and V in one kernel, a panel of one and
+// of the other in turn: f is taken of sums that are in the nearest cache, by all
+// threads.
+//
 // native.py compiles this file for the machine it runs on.
 
 #include <algorithm>
 
+#include "exp.h"
 #include "share.h"
 #include "tiles.h"
 
@@ -28,6 +33,8 @@ constexpr int64_t kPieces = 8192;   // bytes of a pair's two pieces
 constexpr int64_t kFew = 8;         // more rows want pieces twice as large
 constexpr int64_t kBlock = 48;      // rows that pass a pair together
 constexpr int64_t kLeast = 8192;    // weights worth a thread of their own
+
+enum Gate : int64_t { kNone, kSilu, kGeluTanh };  // as panels.py has them
 
 template <typename Weight>
 using Pieces =
@@ -47,18 +54,27 @@ void Multiply(const Pieces<Weight>& pieces, int64_t rows, const Weight* next) {
   }
 }
 
+inline Vector Activate(Vector x, Gate gate) {
+  if (gate == kSilu) return x * Sigmoid(x);
+  // x (1 + tanh z) / 2 is x times the sigmoid of 2 z.
+  const Vector cubic = MultiplyAdd(All(0.044715f) * x * x, x, x);
+  return x * Sigmoid(All(2 * 0.7978845608f) * cubic);
+}
+
 template <typename Weight>
 struct Product {
   const float* x;
   const Weight* w;
   float* y;
-  int64_t rows, inputs, outputs, pairs;
+  int64_t rows, inputs, outputs, pairs;  // outputs: of y
+  Gate gate;
 
   // One pair of panels of all rows; `next`: that which this thread will read
   // then, or one that there is not.
   void Pair(int64_t pair, int64_t next) const {
     const Weight* after = 0 <= next && next < pairs ? Of(next) : nullptr;
-    const int64_t left = std::min<int64_t>(kWidth, outputs - pair * kWidth);
+    const int64_t width = gate ? kGroup : kWidth;
+    const int64_t left = std::min<int64_t>(width, outputs - pair * width);
     for (int64_t row = 0; row < rows; row += kBlock) {
       const int64_t some = std::min(kBlock, rows - row);
       // Side by side: rows of y lie where they take each other's place in a
@@ -66,9 +82,14 @@ struct Product {
       float sums[kBlock * kWidth];
       std::fill(sums, sums + some * kWidth, 0.0f);
       Block(pair, row, some, row + some == rows ? after : nullptr, sums);
-      float* out = y + row * outputs + pair * kWidth;
+      float* out = y + row * outputs + pair * width;
       for (int64_t r = 0; r < some; ++r) {
-        std::copy_n(sums + r * kWidth, left, out + r * outputs);
+        float* mine = sums + r * kWidth;
+        for (int at = 0; gate && at < kGroup; at += kLanes) {
+          const Vector up = Load(mine + kGroup + at);
+          Store(Activate(Load(mine + at), gate) * up, mine + at);
+        }
+        std::copy_n(mine, left, out + r * outputs);
       }
     }
   }
@@ -103,13 +124,18 @@ struct Product {
 };
 
 ffi::Error Matmul(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x,
-                  ffi::AnyBuffer kernel, ffi::ResultBufferR2<ffi::F32> y) {
+                  ffi::AnyBuffer kernel, int64_t gate,
+                  ffi::ResultBufferR2<ffi::F32> y) {
   const int64_t rows = x.dimensions()[0], inputs = x.dimensions()[1];
-  const int64_t outputs = y->dimensions()[1], pairs = Up(outputs, kWidth);
+  const int64_t outputs = y->dimensions()[1];
+  const int64_t pairs = Up(outputs, gate ? kGroup : kWidth);
   const auto sizes = kernel.dimensions();
   if (sizes.size() != 3 || sizes[0] != 2 * pairs || sizes[1] != inputs ||
       sizes[2] != kGroup || y->dimensions()[0] != rows) {
     return ffi::Error::InvalidArgument("[R, I], [P, I, 16], [R, O] do not fit");
+  }
+  if (gate < kNone || kGeluTanh < gate || (gate && outputs % kGroup)) {
+    return ffi::Error::InvalidArgument("no such gate, or not of whole panels");
   }
   float* out = y->typed_data();
   if (rows * inputs * outputs == 0) {
@@ -118,8 +144,8 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x,
   }
   const auto share = [&](const auto* w) {
     using Weight = std::decay_t<decltype(*w)>;
-    const Product<Weight> product{x.typed_data(), w,       out,  rows,
-                                  inputs,         outputs, pairs};
+    const Product<Weight> product{x.typed_data(), w,     out,       rows, inputs,
+                                  outputs,        pairs, Gate(gate)};
     Share(pool, pairs, pairs * inputs * kWidth / kLeast,
           [product](int64_t i, int64_t next) { product.Pair(i, next); });
   };
@@ -144,4 +170,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(SpecStreamPanels, spec_stream::Matmul,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::BufferR2<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("gate")
                                   .Ret<ffi::BufferR2<ffi::F32>>());

@@ -13,9 +13,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 WIDTH = 16  # outputs of a panel: of an input a cache line in float32
 DTYPES = (jnp.float32, jnp.int8)  # of kernels
+# Activations of a gated product, and their numbers in `panels.cc`.
+GATES = {"silu": (1, jax.nn.silu), "gelu_tanh": (2, jax.nn.gelu)}
 TARGET = "spec_stream_panels"
 
 
@@ -28,6 +31,20 @@ def pack(kernel: jax.Array) -> jax.Array:
   return kernel.reshape(panels, WIDTH, -1).swapaxes(1, 2)
 
 
+def in_turn(kernel: jax.Array) -> jax.Array:
+  """[2 F, I] -> the same with WIDTH outputs of either half in turn, as a gated
+  product wants them; F is a multiple of WIDTH."""
+  halves = kernel.reshape(2, -1, WIDTH, kernel.shape[-1])
+  return halves.swapaxes(0, 1).reshape(kernel.shape)
+
+
+def gated(y: jax.Array, gate: str) -> jax.Array:
+  """f(first) * second of products y [..., 2 F] with what `in_turn` made."""
+  halves = y.reshape(*y.shape[:-1], -1, 2, WIDTH)
+  y = GATES[gate][1](halves[..., 0, :]) * halves[..., 1, :]
+  return y.reshape(*y.shape[:-2], -1)
+
+
 def take(panels: jax.Array, outputs: jax.Array) -> jax.Array:
   """The weights [..., I] of outputs [...], as they were given to `pack`.
 
@@ -36,9 +53,11 @@ def take(panels: jax.Array, outputs: jax.Array) -> jax.Array:
   return panels[outputs // WIDTH, :, outputs % WIDTH]
 
 
-def matmul(x: jax.Array, panels: jax.Array, outputs: int) -> jax.Array:
+def matmul(
+  x: jax.Array, panels: jax.Array, outputs: int, gate: str = ""
+) -> jax.Array:
   """x [R, I] times panels [P, I, WIDTH] of O outputs, as `pack` made them ->
-  [R, O].
+  [R, O]; with a gate (of GATES) what `gated` makes of that, [R, O / 2].
 
   x and the result are float32, panels of one of DTYPES. On a CPU, where it
   needs `native.is_ready`, a row of the result does not depend, to the bit, on
@@ -51,13 +70,21 @@ def matmul(x: jax.Array, panels: jax.Array, outputs: int) -> jax.Array:
       f"{x.dtype} rows, {panels.dtype} panels: rows are to be float32, panels "
       "float32 or int8"
     )
-  y = jax.ShapeDtypeStruct((x.shape[0], outputs), jnp.float32)
-  here = jax.ffi.ffi_call(TARGET, y, vmap_method="sequential")
-  elsewhere = functools.partial(by_xla, outputs=outputs)
+  y = jax.ShapeDtypeStruct(
+    (x.shape[0], outputs // 2 if gate else outputs), jnp.float32
+  )
+  here = functools.partial(
+    jax.ffi.ffi_call(TARGET, y, vmap_method="sequential"),
+    gate=np.int64(GATES[gate][0] if gate else 0),
+  )
+  elsewhere = functools.partial(by_xla, outputs=outputs, gate=gate)
   return jax.lax.platform_dependent(x, panels, cpu=here, default=elsewhere)
 
 
-def by_xla(x: jax.Array, panels: jax.Array, outputs: int) -> jax.Array:
+def by_xla(
+  x: jax.Array, panels: jax.Array, outputs: int, gate: str = ""
+) -> jax.Array:
   """As `matmul`, of a model that was moved to another platform: slower."""
   kernel = panels.astype(x.dtype).swapaxes(0, 1).reshape(x.shape[1], -1)
-  return x @ kernel[:, :outputs]
+  y = x @ kernel[:, :outputs]
+  return gated(y, gate) if gate else y

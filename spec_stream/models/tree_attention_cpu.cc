@@ -11,6 +11,7 @@
 #include <cmath>
 #include <vector>
 
+#include "exp.h"
 #include "share.h"
 #include "tiles.h"
 
@@ -25,30 +26,6 @@ constexpr int64_t kBlock = 48;       // rows with their query heads, at once
 constexpr double kLeast = 1 << 17;  // FLOPs worth a thread of their own
 constexpr int64_t kAhead = 1 << 16;  // bytes of keys, or values, to prefetch
 constexpr float kNever = -1e30f;     // score of what a row may not attend to
-
-typedef int32_t Whole __attribute__((vector_size(kLanes * 4)));
-
-inline Vector All(float x) { return x - Vector{}; }
-
-// e^x for x <= 0, to two units in the last place; below -87 it is 0. 2^n e^r,
-// with n = x / log 2, rounded, and the series of e^r to r^7.
-inline Vector Exp(Vector x) {
-  const Vector clipped = x < All(-87.0f) ? All(-87.0f) : x;
-  const Vector magic = All(12582912.0f);  // 1.5 2^23: its sum is rounded
-  const Vector shifted = MultiplyAdd(clipped, All(1.44269504f), magic);
-  const Vector n = shifted - magic;
-  Vector r = MultiplyAdd(n, All(-0.693359375f), clipped);
-  r = MultiplyAdd(n, All(2.12194440e-4f), r);
-  Vector y = All(1.98412698e-4f);
-  for (const float c : {1.38888889e-3f, 8.33333333e-3f, 4.16666667e-2f,
-                        1.66666667e-1f, 0.5f, 1.0f, 1.0f}) {
-    y = MultiplyAdd(y, r, All(c));
-  }
-  // The whole number is in the low bits of the shifted sum.
-  const Whole power = ((Whole)shifted - (Whole)magic) << 23;
-  y = (Vector)((Whole)y + power);
-  return x < All(-87.0f) ? Vector{} : x == x ? y : x;
-}
 
 // y += x w, w [n, outputs] `width` apart; of any number of outputs. Meanwhile
 // prefetches `bytes` from `next` on.
