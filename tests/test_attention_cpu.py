@@ -1,18 +1,50 @@
 """The kernel for a CPU's attention against the dense form."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from compiler import compiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tree_attention import case, dense, slide
+from test_tree_attention import case, slide
 
-from spec_stream.models import native, tree_attention_cpu
+from spec_stream.models import attention, native, tree_attention_cpu
+
+
+def projections(seed, batch, heads, rows, groups, size, slots):
+  """`case` with projections in the place of q, k and v."""
+  x = case(seed, batch, heads, rows, groups, size, slots, "float32")
+  q, k, v = x.pop("q"), x.pop("k"), x.pop("v")
+  parts = q, jnp.moveaxis(k, 2, 3)[:, :, :, None], v[:, :, :, None]
+  return x | {"qkv": jnp.swapaxes(jnp.concatenate(parts, 3), 1, 2)}
+
+
+def tables(seed, batch, rows, pairs):
+  """Of random angles, or None for pairs of -1."""
+  if pairs < 0:
+    return None
+  at = np.random.default_rng(seed).uniform(0, 500, (batch, rows))
+  return attention.rotation(jnp.asarray(at), 1 / (1 + np.arange(pairs)), "f4")
+
+
+def dense(qkv, rotary, turn, mask, cache, length, first, scale, window, cap):
+  del first  # is that of the window
+  config = types.SimpleNamespace(
+    attention_scale=scale, attention_softcap=cap, head_dim=0
+  )
+  rows = qkv.shape[1]
+  about = attention.Rows(
+    *(rotary, mask, length[:, None] + jnp.arange(rows), turn),
+    num_main=rows,
+    window=window,
+  )
+  return attention._dense(config, qkv, about, cache, length)
 
 
 @compiled
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
   seed=st.integers(0, 2**32 - 1),
   batch=st.integers(1, 3),
@@ -23,30 +55,47 @@ from spec_stream.models import native, tree_attention_cpu
   slots=st.integers(1, 150),
   window=st.sampled_from([0, 0, 1, 9]),
   cap=st.sampled_from([0.0, 0.0, 5.0]),
+  scale=st.sampled_from([0.125, 1.0]),
+  share=st.sampled_from([-1, 0, 1, 2]),  # of a head's pairs that turn: half, all
+  turns=st.booleans(),
 )
-def test_it_is_as_the_dense_form(window, cap, **shape):
+def test_it_is_as_the_dense_form(
+  window, cap, scale, share, turns, seed, batch, rows, size, **shape
+):
   """Whatever lies beyond the length."""
   assert native.is_ready()
-  x = case(**shape, dtype="float32")
+  x = projections(seed, batch, rows=rows, size=size, **shape)
   x = slide(x, window) if window else x
-  expected = dense(**x, window=window, cap=cap)
+  x["rotary"] = tables(seed, batch, rows, max(-1, size // 2 * share // 2))
+  x["turn"] = tables(seed + 1, 1, rows, size // 2 if turns else -1)
+  expected = dense(**x, window=window, cap=cap, scale=scale)
   beyond = jnp.arange(shape["slots"]) >= x["length"][:, None]
   keys, values = x["cache"]
   x["cache"] = (
     jnp.where(beyond[:, None, None], jnp.nan, keys),
     jnp.where(beyond[:, None, :, None], jnp.nan, values),
   )
-  found = jax.jit(tree_attention_cpu.attend, static_argnames="cap")(
-    **x, cap=cap
+  found = kernel(**x, cap=cap, scale=scale)
+  for a, b in zip(found, expected, strict=True):
+    assert a.shape == b.shape
+    np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+def kernel(rotary, turn, **x):
+  none = jnp.zeros((*x["qkv"].shape[:2], 2, 2, 0))
+  rotary, turn = (none if y is None else y for y in (rotary, turn))
+  call = jax.jit(
+    tree_attention_cpu.attend_projections, static_argnames=("cap", "scale")
   )
-  np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+  return call(rotary=rotary, turn=turn, **x)
 
 
 @compiled
 def test_positions_may_be_wide(x64):
   """As JAX makes them where it is asked for 64 bits."""
   assert native.is_ready()
-  x = slide(case(0, 2, 2, 3, 2, 8, 16, "float32"), 4)
+  x = slide(projections(0, 2, 2, 3, 2, 8, 16), 4)
+  x |= dict(rotary=tables(0, 2, 3, 4), turn=None, scale=1.0)
   wide = x | {"first": x["first"].astype("int64")}
-  found, again = (tree_attention_cpu.attend(**y) for y in (x, wide))
-  np.testing.assert_array_equal(found, again)
+  for a, b in zip(kernel(**x), kernel(**wide), strict=True):
+    np.testing.assert_array_equal(a, b)

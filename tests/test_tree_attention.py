@@ -43,7 +43,7 @@ def case(seed, batch, heads, rows, groups, size, slots, dtype):
 
 def slide(x, window):
   """The case with rows that see the last `window` positions alone."""
-  positions = x["length"][:, None] + jnp.arange(x["q"].shape[2])
+  positions = x["length"][:, None] + jnp.arange(x["mask"].shape[1])
   return x | {"first": jnp.maximum(positions - window + 1, 0)}
 
 
@@ -53,7 +53,7 @@ def dense(q, k, v, mask, cache, length, first, window=0, cap=0.0):
   about = attention.Rows(
     None, mask, length[:, None] + jnp.arange(rows), num_main=rows, window=window
   )
-  return attention._dense(cap, q, k, v, about, cache, length)
+  return attention._by_scores(cap, q, k, v, about, cache, length)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -201,47 +201,63 @@ class Attention(nnx.Module):
     if `rows.old` alone says it.
     """
     config, num_main = self.config, rows.num_main
-    groups = config.groups
     with jax.named_scope("qkv"):
       qkv = self.qkv(x, adapt_from)  # [B, R, K, G+2, H]
-      qk = qkv[:, :, :, :-1]
       if self.q_norm is not None:
-        normed = self.q_norm(qk[:, :, :, :-1]), self.k_norm(qk[:, :, :, -1:])
-        qk = jnp.concatenate(normed, 3)
-      if rows.rotary is not None:
-        qk = rotate(qk, rows.rotary[:, :, None, None])
-      # Scaled before it is rounded: the scale itself may be no bfloat16.
-      scale = config.attention_scale or config.head_dim**-0.5
-      q = qk[:, :, :, :groups]
-      q = (q.astype(wide(q.dtype)) * scale).astype(q.dtype)
-      q = jnp.moveaxis(q, 2, 1)  # [B, K, R, G, H]
-      k, v = qk[:, :, :, groups], qkv[:, :, :, -1]
-      if rows.turn is not None:
-        v = rotate(v, rows.turn[:, :, None])
-      k = jnp.moveaxis(k, 1, 3)  # [B, K, H, R]
-      v = v.swapaxes(1, 2)  # [B, K, R, H]
-    with jax.named_scope("attend"):
-      if isinstance(rows, SegmentRows):
+        q, k, v = jnp.split(qkv, (config.groups, config.groups + 1), 3)
+        qkv = jnp.concatenate([self.q_norm(q), self.k_norm(k), v], 3)
+    if isinstance(rows, SegmentRows):
+      q, k, v = _turned(config, qkv, rows)
+      with jax.named_scope("attend"):
         y = segments.attend(q, k, v, rows, config.attention_softcap)
-      else:
-        y = self._attend(q, k, v, rows, cache, length)
+    else:
+      y, k, v = self._attend(qkv, rows, cache, length)
     with jax.named_scope("out"):
       y = self.out(jnp.moveaxis(y, 1, 2), adapt_from)
     return y, (k[..., :num_main], v[:, :, :num_main])
 
-  def _attend(self, q, k, v, rows: Rows, cache, length):
-    """q [B, K, R, G, H], k [B, K, H, R], v [B, K, R, H] -> y like q."""
-    args, cap = (q, k, v, rows, cache, length), self.config.attention_softcap
-    default = functools.partial(_dense, cap)
+  def _attend(self, qkv, rows: Rows, cache, length):
+    """qkv [B, R, K, G+2, H] -> y [B, K, R, G, H], k, v."""
+    args, config = (qkv, rows, cache, length), self.config
+    default = functools.partial(_dense, config)
     if cache is None or length is None or not self.kernels:
       return default(*args)
     # What is compiled for another platform after all (ROCm too is a GPU, for
     # `kernels_on`) is dense.
-    ways = {on: functools.partial(_by_kernel, on, cap) for on in self.kernels}
+    ways = {
+      on: functools.partial(_by_kernel, on, config) for on in self.kernels
+    }
     return jax.lax.platform_dependent(*args, default=default, **ways)
 
 
-def _dense(cap: float, q, k, v, rows: Rows, cache, length):
+def _scale(config: ModelConfig) -> float:
+  return config.attention_scale or config.head_dim**-0.5
+
+
+def _turned(config: ModelConfig, qkv, rows: Rows | SegmentRows):
+  """qkv [B, R, K, G+2, H] -> q [B, K, R, G, H], turned and scaled, k
+  [B, K, H, R], turned, and v [B, K, R, H]."""
+  with jax.named_scope("qkv"):
+    qk, v = qkv[:, :, :, :-1], qkv[:, :, :, -1]
+    if rows.rotary is not None:
+      qk = rotate(qk, rows.rotary[:, :, None, None])
+    if rows.turn is not None:
+      v = rotate(v, rows.turn[:, :, None])
+    # Scaled before it is rounded: the scale itself may be no bfloat16.
+    q, k = qk[:, :, :, :-1], qk[:, :, :, -1]
+    q = (q.astype(wide(q.dtype)) * _scale(config)).astype(q.dtype)
+    return jnp.moveaxis(q, 2, 1), jnp.moveaxis(k, 1, 3), v.swapaxes(1, 2)
+
+
+def _dense(config: ModelConfig, qkv, rows: Rows, cache, length):
+  """As `Attention._attend`."""
+  q, k, v = _turned(config, qkv, rows)
+  with jax.named_scope("attend"):
+    y = _by_scores(config.attention_softcap, q, k, v, rows, cache, length)
+  return y, k, v
+
+
+def _by_scores(cap: float, q, k, v, rows: Rows, cache, length):
   """The cache, where there is one, is a second block of keys in one softmax."""
   equation = "bkrgh,bkht->bkrgt"
   blocks = [scores(equation, q, k, rows.mask[:, None, :, None], cap)]
@@ -254,13 +270,24 @@ def _dense(cap: float, q, k, v, rows: Rows, cache, length):
   return joined(blocks, weigh)
 
 
-def _by_kernel(platform: str, cap: float, q, k, v, rows: Rows, cache, length):
+def _by_kernel(platform: str, config: ModelConfig, qkv, rows, cache, length):
+  """As `Attention._attend`."""
   kernel = _kernel(platform)
+  shape = qkv.shape[1], config.groups, config.head_dim, cache[0].shape[3]
   # A prompt's later chunks are too much for them.
-  fits = kernel.fits(*q.shape[2:], cache[0].shape[3], q.dtype)
+  fits = kernel.fits(*shape, qkv.dtype)
   if rows.old is not None or not fits:  # a mask of its own for every row
-    return _dense(cap, q, k, v, rows, cache, length)
+    return _dense(config, qkv, rows, cache, length)
   first = jnp.zeros_like(rows.positions)
   if rows.window:
     first = jnp.maximum(rows.positions - rows.window + 1, 0)
-  return kernel.attend(q, k, v, rows.mask, cache, length, first, cap=cap)
+  seen = (rows.mask, cache, length, first)
+  cap = config.attention_softcap
+  if whole := getattr(kernel, "attend_projections", None):
+    none = jnp.zeros((*qkv.shape[:2], 2, 2, 0), qkv.dtype)
+    turns = [none if x is None else x for x in (rows.rotary, rows.turn)]
+    with jax.named_scope("attend"):
+      return whole(qkv, *turns, *seen, scale=_scale(config), cap=cap)
+  q, k, v = _turned(config, qkv, rows)
+  with jax.named_scope("attend"):
+    return kernel.attend(q, k, v, *seen, cap=cap), k, v

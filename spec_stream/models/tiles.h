@@ -213,11 +213,12 @@ const char* TileOf(int64_t rows, const Args&... args) {
 template <int vectors, typename Weight, typename Width, typename Far>
 const char* Tiles(const Factors<Weight, Width, Far>& f, int64_t rows,
                   int64_t at, const char* next, int64_t lines) {
-  const int64_t along = Up(rows, kRows);
+  constexpr int most = kRows * kVectors / vectors;  // fewer outputs, more rows
+  const int64_t along = Up(rows, most);
   for (int64_t a = 0; a < along; ++a) {
     const int64_t row = rows * a / along, end = rows * (a + 1) / along;
     const int some = lines * (a + 1) / along - lines * a / along;
-    next = TileOf<kRows, vectors>(end - row, f, row, at, next, some);
+    next = TileOf<most, vectors>(end - row, f, row, at, next, some);
   }
   return next;
 }

@@ -1,8 +1,8 @@
 // Attention of new rows over a cache and over each other, in float32: what
-// attention.py's dense form gives, in one call for a layer. For each row of the
-// batch and each key/value head, and some of the new rows with their query
-// heads: scores with the cache's keys up to its length and with the new ones,
-// one softmax, values. Both products are of tiles.h, for keys lie by their
+// attention.py makes of a layer's projections, rotations and all, in one call.
+// For each row of the batch and each key/value head, and some of the new rows
+// with their query heads: scores with the cache's keys up to its length and with
+// the new ones, one softmax, values. Both products are of tiles.h, for keys lie by their
 // sizes, [H, S], and values by their slots, [S, H].
 //
 // Letters as in attention.py. native.py compiles this file.
@@ -20,12 +20,27 @@ namespace ffi = xla::ffi;
 namespace spec_stream {
 namespace {
 
-using Queries = ffi::Buffer<ffi::F32, 5>;  // [B, R, K, G, H]
+using Heads = ffi::Buffer<ffi::F32, 5>;
+using Tables = ffi::Buffer<ffi::F32, 5>;  // [B, R, 2, 2, n], see layers.py
 
 constexpr int64_t kBlock = 48;       // rows with their query heads, at once
 constexpr double kLeast = 1 << 17;  // FLOPs worth a thread of their own
 constexpr int64_t kAhead = 1 << 16;  // bytes of keys, or values, to prefetch
 constexpr float kNever = -1e30f;     // score of what a row may not attend to
+
+// What is left of the outputs, from `at` on, that fills registers -> up to where.
+template <int vectors = kVectors - 1>
+int64_t Rest(const Factors<float, int64_t, SideBySide>& f, int64_t rows,
+             int64_t at, int64_t outputs) {
+  if constexpr (vectors > 0) {
+    if (at + vectors * kLanes > outputs) {
+      return Rest<vectors - 1>(f, rows, at, outputs);
+    }
+    Tiles<vectors>(f, rows, at, nullptr, 0);
+    return at + vectors * kLanes;
+  }
+  return at;
+}
 
 // y += x w, w [n, outputs] `width` apart; of any number of outputs. Meanwhile
 // prefetches `bytes` from `next` on.
@@ -41,10 +56,7 @@ void Multiply(const float* x, int64_t rows, int64_t apart, const float* w,
   for (; at + wide <= outputs; at += wide) {
     ahead = Tiles<kVectors>(f, rows, at, ahead, lines);
   }
-  for (; at + kLanes <= outputs; at += kLanes) {
-    Tiles<1>(f, rows, at, nullptr, 0);
-  }
-  for (; at < outputs; ++at) {
+  for (at = Rest(f, rows, at, outputs); at < outputs; ++at) {
     for (int64_t r = 0; r < rows; ++r) {
       float sum = y[r * to + at];
       for (int64_t i = 0; i < n; ++i) {
@@ -80,13 +92,26 @@ float Softmax(float* scores, int64_t count, float cap) {
   return sum;
 }
 
+// Turns the first 2 n elements of x, of `size`, in pairs; table: of a row.
+void Rotate(const float* x, const float* table, int64_t n, int64_t size,
+            float* y) {
+  const float *cos = table, *sin = table + 3 * n;
+  for (int64_t i = 0; i < n; ++i) {
+    const float a = x[i], b = x[i + n];
+    y[i] = a * cos[i] - b * sin[i];
+    y[i + n] = b * cos[i] + a * sin[i];
+  }
+  std::copy(x + 2 * n, x + size, y + 2 * n);
+}
+
 struct Operands {
-  const float *q, *k, *v, *keys, *values;
+  const float *qkv, *rotary, *turn, *keys, *values;
   const bool* mask;
   const int32_t *length, *first;
-  float* y;
-  int64_t batch, rows, heads, groups, size, slots, per;  // per: rows of a part
-  float cap;
+  float *y, *k, *v;
+  // per: rows of a part; turned, turned_values: pairs.
+  int64_t batch, rows, heads, groups, size, slots, per, turned, turned_values;
+  float scale, cap;
 
   int64_t Parts() const { return Up(rows, per); }
 
@@ -100,18 +125,9 @@ struct Operands {
     const int64_t least = *std::min_element(firsts, firsts + here);
     const int64_t begin = std::clamp<int64_t>(least, 0, end);
     const int64_t old = Up(end - begin, kLanes) * kLanes;
-    const int64_t all = old + Up(rows, kLanes) * kLanes;
-    static thread_local std::vector<float> scratch;
-    scratch.assign(n * (2 * size + all), 0.0f);
-    float *queries = scratch.data(), *found = queries + n * size;
-    float* scores = found + n * size;
-    for (int64_t r = 0; r < here; ++r) {
-      std::copy_n(q + At(b, from + r, head), groups * size,
-                  queries + r * groups * size);
-    }
+    // New keys are filled up to whole registers.
+    const int64_t wide = Up(rows, kLanes) * kLanes, all = old + wide;
     const int64_t unit = b * heads + head;
-    const float* k_new = k + unit * size * rows;
-    const float* v_new = v + unit * rows * size;
     const float* k_old = keys + unit * size * slots + begin;
     const float* v_old = values + (unit * slots + begin) * size;
     // Scores beyond the length are junk of slots that there are, or stay 0.
@@ -124,10 +140,38 @@ struct Operands {
         }
       }
     }
+    static thread_local std::vector<float> scratch;
+    const int64_t zeros = n * (size + all) + size * wide;
+    scratch.resize(zeros + n * (size + 1) + size * (rows + 1));
+    float *found = scratch.data(), *scores = found + n * size;
+    float *k_new = scores + n * all, *queries = k_new + size * wide;
+    float *v_new = queries + n * size, *one = v_new + size * rows;
+    float* sums = one + size;
+    std::fill_n(found, zeros, 0.0f);
+    for (int64_t r = 0; r < n; ++r) {
+      const int64_t row = from + r / groups;
+      float* to = queries + r * size;
+      Rotate(Of(b, row, head) + r % groups * size, rotary + At(b, row, turned),
+             turned, size, to);
+      for (int64_t h = 0; h < size; ++h) to[h] *= scale;
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      const float* key = Of(b, row, head) + groups * size;
+      Rotate(key, rotary + At(b, row, turned), turned, size, one);
+      for (int64_t h = 0; h < size; ++h) k_new[h * wide + row] = one[h];
+      Rotate(key + size, turn + At(b, row, turned_values), turned_values, size,
+             v_new + row * size);
+    }
+    if (part == 0) {
+      for (int64_t h = 0; h < size; ++h) {
+        std::copy_n(k_new + h * wide, rows, k + (unit * size + h) * rows);
+      }
+      std::copy_n(v_new, rows * size, v + unit * rows * size);
+    }
     const int64_t bytes = (end - begin) * size * sizeof(float);
     Multiply(queries, n, size, k_old, size, there, slots, scores, all, v_old,
              std::min(bytes, kAhead));
-    Multiply(queries, n, size, k_new, size, rows, rows, scores + old, all);
+    Multiply(queries, n, size, k_new, size, wide, wide, scores + old, all);
     for (int64_t r = 0; r < n; ++r) {
       const int64_t row = from + r / groups;
       const bool* sees = mask + (b * rows + row) * rows;
@@ -136,58 +180,72 @@ struct Operands {
       std::fill_n(mine, std::clamp<int64_t>(hidden, 0, end - begin), kNever);
       std::fill(mine + end - begin, mine_new, kNever);
       for (int64_t j = 0; j < rows; ++j) {
-        if (!sees[j]) mine_new[j] = kNever;
+        mine_new[j] = sees[j] ? mine_new[j] : kNever;
       }
       std::fill(mine_new + rows, mine + all, kNever);
-      const float sum = Softmax(mine, all, cap);
-      for (int64_t j = 0; j < all; ++j) mine[j] /= sum;
+      sums[r] = Softmax(mine, all, cap);
     }
     Multiply(scores, n, all, v_old, end - begin, size, size, found, size);
     Multiply(scores + old, n, all, v_new, rows, size, size, found, size);
-    for (int64_t r = 0; r < here; ++r) {
-      std::copy_n(found + r * groups * size, groups * size,
-                  y + At(b, from + r, head));
+    for (int64_t r = 0; r < n; ++r) {
+      const int64_t row = b * rows + from + r / groups;
+      float* to = y + ((row * heads + head) * groups + r % groups) * size;
+      for (int64_t h = 0; h < size; ++h) to[h] = found[r * size + h] / sums[r];
     }
   }
 
-  // Where the query heads of a row begin in [B, R, K, G, H].
-  int64_t At(int64_t b, int64_t row, int64_t head) const {
-    return ((b * rows + row) * heads + head) * groups * size;
+  // Where the projections of a row begin in [B, R, K, G + 2, H].
+  const float* Of(int64_t b, int64_t row, int64_t head) const {
+    return qkv + ((b * rows + row) * heads + head) * (groups + 2) * size;
+  }
+
+  // Where the table of a row begins in [B, R, 2, 2, pairs].
+  int64_t At(int64_t b, int64_t row, int64_t pairs) const {
+    return (b * rows + row) * 4 * pairs;
   }
 };
 
 ffi::Error Attend(ffi::ThreadPool pool, ffi::BufferR1<ffi::S32> length,
                   ffi::BufferR2<ffi::S32> first, ffi::BufferR3<ffi::PRED> mask,
-                  Queries q, ffi::BufferR4<ffi::F32> k,
-                  ffi::BufferR4<ffi::F32> v, ffi::BufferR4<ffi::F32> keys,
-                  ffi::BufferR4<ffi::F32> values, float cap,
-                  ffi::Result<Queries> y) {
-  const auto sizes = q.dimensions();
-  Operands o{q.typed_data(),      k.typed_data(),      v.typed_data(),
-             keys.typed_data(),   values.typed_data(), mask.typed_data(),
-             length.typed_data(), first.typed_data(),  y->typed_data()};
+                  Heads qkv, Tables rotary, Tables turn,
+                  ffi::BufferR4<ffi::F32> keys, ffi::BufferR4<ffi::F32> values,
+                  float scale, float cap, ffi::Result<Heads> y,
+                  ffi::ResultBufferR4<ffi::F32> k,
+                  ffi::ResultBufferR4<ffi::F32> v) {
+  const auto sizes = y->dimensions();
+  Operands o{};
+  o.qkv = qkv.typed_data(), o.rotary = rotary.typed_data();
+  o.turn = turn.typed_data(), o.mask = mask.typed_data();
+  o.keys = keys.typed_data(), o.values = values.typed_data();
+  o.length = length.typed_data(), o.first = first.typed_data();
+  o.y = y->typed_data(), o.k = k->typed_data(), o.v = v->typed_data();
   o.batch = sizes[0], o.rows = sizes[1], o.heads = sizes[2];
   o.groups = sizes[3], o.size = sizes[4], o.slots = keys.dimensions()[3];
-  o.cap = cap;
+  o.turned = rotary.dimensions()[4], o.turned_values = turn.dimensions()[4];
+  o.scale = scale, o.cap = cap;
   const auto is = [](const auto& x, std::vector<int64_t> sizes) {
     const auto found = x.dimensions();
     return std::equal(found.begin(), found.end(), sizes.begin(), sizes.end());
   };
   if (!is(length, {o.batch}) || !is(first, {o.batch, o.rows}) ||
       !is(mask, {o.batch, o.rows, o.rows}) ||
-      !is(k, {o.batch, o.heads, o.size, o.rows}) ||
-      !is(v, {o.batch, o.heads, o.rows, o.size}) ||
+      !is(qkv, {o.batch, o.rows, o.heads, o.groups + 2, o.size}) ||
+      !is(rotary, {o.batch, o.rows, 2, 2, o.turned}) ||
+      !is(turn, {o.batch, o.rows, 2, 2, o.turned_values}) ||
+      2 * std::max(o.turned, o.turned_values) > o.size ||
+      !is(*k, {o.batch, o.heads, o.size, o.rows}) ||
+      !is(*v, {o.batch, o.heads, o.rows, o.size}) ||
       !is(keys, {o.batch, o.heads, o.size, o.slots}) ||
       !is(values, {o.batch, o.heads, o.slots, o.size})) {
     return ffi::Error::InvalidArgument("shapes of attention do not fit");
   }
-  if (q.element_count() == 0) return ffi::Error::Success();
+  if (y->element_count() == 0) return ffi::Error::Success();
   o.per = std::max<int64_t>(1, kBlock / o.groups);
   int64_t most = 0;
   for (int64_t b = 0; b < o.batch; ++b) {
     most = std::max<int64_t>(most, length.typed_data()[b]);
   }
-  const double flops = 4.0 * q.element_count() * (most + o.rows);
+  const double flops = 4.0 * y->element_count() * (most + o.rows);
   Share(pool, o.batch * o.heads * o.Parts(), flops / kLeast,
         [o](int64_t i, int64_t) { o.Part(i); });
   return ffi::Error::Success();
@@ -202,10 +260,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(SpecStreamAttention, spec_stream::Attend,
                                   .Arg<ffi::BufferR1<ffi::S32>>()
                                   .Arg<ffi::BufferR2<ffi::S32>>()
                                   .Arg<ffi::BufferR3<ffi::PRED>>()
-                                  .Arg<spec_stream::Queries>()
+                                  .Arg<spec_stream::Heads>()
+                                  .Arg<spec_stream::Tables>()
+                                  .Arg<spec_stream::Tables>()
                                   .Arg<ffi::BufferR4<ffi::F32>>()
                                   .Arg<ffi::BufferR4<ffi::F32>>()
-                                  .Arg<ffi::BufferR4<ffi::F32>>()
-                                  .Arg<ffi::BufferR4<ffi::F32>>()
+                                  .Attr<float>("scale")
                                   .Attr<float>("cap")
-                                  .Ret<spec_stream::Queries>());
+                                  .Ret<spec_stream::Heads>()
+                                  .Ret<ffi::BufferR4<ffi::F32>>()
+                                  .Ret<ffi::BufferR4<ffi::F32>>());

@@ -1,8 +1,8 @@
 """Attention over cache and new rows as one call for a CPU, in float32.
 
-`tree_attention_cpu.cc` (see `native`) has the scores with the cache, up to its
-length, and with the new rows, their softmax and the values; nothing of the size
-of the slots is made. XLA makes some ten small programs of it, each of which
+`tree_attention_cpu.cc` (see `native`) turns queries and keys, and has the scores
+with the cache, up to its length, and with the new rows, their softmax and the
+values; nothing of the size of the slots is made. XLA makes some ten small programs of it, each of which
 takes longer to begin than a short cache takes to be read. A request is shared
 by as many threads as there are key/value heads, and parts of 48 rows.
 """
@@ -24,24 +24,44 @@ def fits(rows: int, groups: int, size: int, slots: int, dtype) -> bool:
   return of_its_kind and native.is_ready()
 
 
-def attend(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
+def attend_projections(
+  qkv: jax.Array,
+  rotary: jax.Array,
+  turn: jax.Array,
   mask: jax.Array,
   cache: tuple[jax.Array, jax.Array],
   length: jax.Array,
   first: jax.Array,
   *,
+  scale: float,
   cap: float = 0.0,
-) -> jax.Array:
-  """-> [B, K, R, G, H]; arguments as of `tree_attention.attend`, in float32."""
-  q = q.swapaxes(1, 2)  # [B, R, K, G, H], as the projection left it
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """-> y [B, K, R, G, H] and the new rows' k [B, K, H, R], v [B, K, R, H].
+
+  Args:
+    qkv: [B, R, K, G + 2, H], of each head its G queries, its key, its value.
+    rotary: [B, R, 2, 2, n], see `layers.rotation`: of queries and keys.
+    turn: [B or 1, R, 2, 2, m]: of values. n, m: 0 where they are not turned.
+    mask, cache, length, first, cap: as of `tree_attention.attend`, in float32.
+    scale: of queries.
+  """
+  batch, rows, heads, parts, size = qkv.shape
+  of = lambda *shape: jax.ShapeDtypeStruct((batch, *shape), qkv.dtype)
   call = jax.ffi.ffi_call(
     TARGET,
-    jax.ShapeDtypeStruct(q.shape, q.dtype),
+    (
+      of(rows, heads, parts - 2, size),
+      of(heads, size, rows),
+      of(heads, rows, size),
+    ),
     vmap_method="sequential",
   )
-  length, first = length.astype(jnp.int32), first.astype(jnp.int32)
-  y = call(length, first, mask, q, k, v, *cache, cap=np.float32(cap))
-  return y.swapaxes(1, 2)
+  whole = lambda x: x.astype(jnp.int32)
+  table = lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])).astype(qkv.dtype)
+  y, k, v = call(
+    *(whole(length), whole(first), mask),
+    *(qkv, table(rotary), table(turn), *cache),
+    scale=np.float32(scale),
+    cap=np.float32(cap),
+  )
+  return y.swapaxes(1, 2), k, v
