@@ -33,7 +33,7 @@ from spec_stream.models import (
   transformer,
   tree_attention_cpu,
 )
-from spec_stream.models.layers import Embed
+from spec_stream.models.layers import Embed, FeedForward
 
 
 @functools.partial(jax.jit, static_argnames="cpu")
@@ -83,6 +83,80 @@ def test_a_row_does_not_depend_on_the_others(inputs, outputs):
   for rows in (*range(1, 14), 16, 24, 47, 48, 49, 97):
     alone = product(x[-rows:], kernel)
     np.testing.assert_array_equal(alone, together[-rows:])
+
+
+@compiled
+@settings(max_examples=8)
+@given(
+  gate=st.sampled_from(sorted(panels.GATES)),
+  rows=st.integers(1, 60),
+  inputs=st.integers(1, 300),
+  pairs=st.integers(1, 4),  # of panels
+)
+def test_gated(gate, rows, inputs, pairs):
+  """f(x W) * x V, and no row depends on the others."""
+  assert native.is_ready()
+  x, kernel = random(rows, inputs, 2 * pairs * panels.WIDTH)
+  packed = panels.pack(panels.in_turn(jnp.asarray(kernel)))
+  matmul = jax.jit(panels.matmul, static_argnames=("outputs", "gate"))
+  y = matmul(x, packed, outputs=len(kernel), gate=gate)
+  first, second = np.split(x.astype(np.float64) @ kernel.T, 2, 1)
+  # XLA's own gelu and silu, of float32.
+  right = panels.GATES[gate][1](first.astype(np.float32)) * second
+  atol = 4e-6 * inputs * (1 + np.abs(first).max())
+  np.testing.assert_allclose(y, right, rtol=1e-6, atol=atol)
+  alone = matmul(x[-1:], packed, outputs=len(kernel), gate=gate)
+  np.testing.assert_array_equal(alone, y[-1:])
+  elsewhere = panels.by_xla(x, packed, len(kernel), gate)
+  np.testing.assert_allclose(elsewhere, right, rtol=1e-5, atol=5 * atol)
+
+
+@compiled
+@pytest.mark.parametrize("gate", panels.GATES)
+def test_activations(gate):
+  """Over all of float32; e^x is 0 below -87, and has x's error times x."""
+  assert native.is_ready()
+  rng = np.random.default_rng(0)
+  x = np.concatenate(
+    [np.linspace(-110, 110, 4001), 10 ** rng.uniform(-38, 38, 500)]
+  ).astype(np.float32)
+  x = np.concatenate([x, -x, np.float32([0, np.inf, np.nan])])[:, None]
+  kernel = np.zeros((32, 1), np.float32)
+  kernel[0], kernel[16] = 1, 1  # so that y is f(x) x, and of a zero's column 0
+  y = panels.matmul(x, panels.pack(panels.in_turn(kernel)), 32, gate)[:, 0]
+  with np.errstate(all="ignore"):
+    z = x[:, 0].astype(np.float64)
+    inner = {"silu": z, "gelu_tanh": 1.5957691216 * (z + 0.044715 * z**3)}[gate]
+    right = (z / (1 + np.exp(-inner)) * z).astype(np.float32)
+  np.testing.assert_allclose(y, right, rtol=1e-5, atol=2e-34)
+
+
+@compiled
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
+def test_feed_forward(activation, monkeypatch):
+  """Laid out it is what it was, its copy in 4 bits nearly; no kernel with what
+  is added to its outputs is gated by `panels`."""
+  assert native.is_ready()
+  monkeypatch.setattr(lora, "_LARGE", 0)
+  config = dataclasses.replace(
+    tiny.MODEL, activation=activation, ffw_dim=48, gated=True
+  )
+  ffw = FeedForward(config, lora_rank=0, rngs=nnx.Rngs(0))
+  x = jnp.asarray(random(5, config.width, 1)[0])[None]
+  laid = nnx.clone(ffw)
+  for linear in (laid.gate_up, laid.down):
+    linear.lay_out(lora.PANELS)
+  assert laid.gate_up.gated == (activation in panels.GATES)
+  y = ffw(x, 0)
+  np.testing.assert_allclose(laid(x, 0), y, rtol=1e-5, atol=1e-6)
+  for linear in (laid.gate_up, laid.down):
+    linear.round_to_4_bits()
+  assert np.corrcoef(np.ravel(laid(x, 0)), np.ravel(y))[0, 1] > 0.9
+  for changes in (dict(ffw_bias=True), dict(ffw_dim=40)):
+    other = dataclasses.replace(config, **changes)
+    linear = FeedForward(other, lora_rank=0, rngs=nnx.Rngs(0)).gate_up
+    linear.lay_out(lora.PANELS)
+    assert not linear.gated
 
 
 @compiled

@@ -1,10 +1,11 @@
 """Attention over cache and new rows as one call for a CPU, in float32.
 
-`tree_attention_cpu.cc` (see `native`) turns queries and keys, and has the scores
-with the cache, up to its length, and with the new rows, their softmax and the
-values; nothing of the size of the slots is made. XLA makes some ten small programs of it, each of which
-takes longer to begin than a short cache takes to be read. A request is shared
-by as many threads as there are key/value heads, and parts of 48 rows.
+`tree_attention_cpu.cc` (see `native`) turns queries and keys, and has the
+scores with the cache, up to its length, and with the new rows, their softmax
+and the values; nothing of the size of the slots is made. XLA makes some fifteen
+small programs of it, each of which takes longer to begin than a short cache
+takes to be read. A request is shared by as many threads as there are key/value
+heads, and parts of 48 rows.
 """
 
 import jax
