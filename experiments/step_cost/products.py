@@ -1,12 +1,15 @@
 """One product with few rows, by where the kernel's outputs lie.
 
-  python experiments/step_cost/products.py [--rows=1,4,8,16]
+  python experiments/step_cost/products.py [--rows=1,4,8,16] [--rates=ROUNDS]
   XLA_FLAGS=--xla_cpu_use_xnnpack=true python experiments/step_cost/products.py
 
 Kernels of a model's sizes, several so that none stays in a cache, multiplied
 one after the other in a compiled loop: microseconds each, the best of five.
 "in first": x W of W [I, out]; "panels", `panels.matmul`. Of W [out, I]: "out
 first", `lora.rows_as_columns`; "x W^T", as it is written down.
+
+--rates: FLOPs a second of `panels` with --rows beside those of libraries with
+squares of 2048, where memory is no limit; in turns, medians.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from spec_stream.models import native, panels
 from spec_stream.models.lora import rows_as_columns
@@ -45,8 +49,9 @@ def ways(first) -> dict:
   return found
 
 
-def microseconds(multiply, kernels, x) -> float:
-  """Of one product of x [R, I] with each kernel; I no more than outputs."""
+def timer(multiply, kernels, x):
+  """-> what gives the microseconds of one product of x [R, I] with each kernel;
+  I no more than outputs."""
 
   @jax.jit
   def run(x, kernels):
@@ -58,12 +63,45 @@ def microseconds(multiply, kernels, x) -> float:
 
     return jax.lax.fori_loop(0, TURNS, turn, x)
 
-  found = []
-  for _ in range(6):  # the first compiles
+  def timed():
     begin = time.perf_counter()
     jax.block_until_ready(run(x, kernels))
-    found.append(time.perf_counter() - begin)
-  return 1e6 * min(found[1:]) / TURNS / len(kernels)
+    return 1e6 * (time.perf_counter() - begin) / TURNS / len(kernels)
+
+  timed()  # compiles
+  return timed
+
+
+def numpy_timer(square):
+  def timed():
+    begin = time.perf_counter()
+    for _ in range(TURNS):
+      square @ square
+    return 1e6 * (time.perf_counter() - begin) / TURNS
+
+  return timed
+
+
+def rates(counts, rounds: int) -> dict[str, float]:
+  """GFLOP/s of libraries and, with each number of rows, of `panels`."""
+  side, (inputs, outputs) = 2048, SIZES[-2]
+  square = np.full((side, side), 1 / side, np.float32)
+  turns = {
+    "XLA, squares": (timer(jnp.matmul, [square], square), 2 * side**3),
+    "NumPy's BLAS, squares": (numpy_timer(square), 2 * side**3),
+  }
+  if native.is_ready():
+    kernel = jnp.ones((inputs, outputs))
+    many = [kernel] * (HELD // kernel.nbytes)
+    multiply, kernels = ways(many)["panels"]
+    for rows in counts:
+      timed = timer(multiply, kernels, jnp.ones((rows, inputs)))
+      turns[f"panels, {rows} rows"] = timed, 2 * rows * inputs * outputs
+  found = {name: [] for name in turns}
+  for _ in range(rounds):
+    for name, (timed, flops) in turns.items():
+      found[name].append(flops / timed() / 1e3)
+  return {name: float(np.median(x)) for name, x in found.items()}
 
 
 def main(argv: list[str]) -> int:
@@ -71,10 +109,15 @@ def main(argv: list[str]) -> int:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--rows", default="1,4,8,16")
+  parser.add_argument("--rates", type=int, default=0, metavar="ROUNDS")
   args = parser.parse_args(argv)
   counts = [int(rows) for rows in args.rows.split(",")]
   if not native.is_ready():
     print("no C++ compiler that can compile panels.cc: left out")
+  if args.rates:
+    for name, rate in rates(counts, args.rates).items():
+      print(f"{name:24s}{rate:5.0f} GFLOP/s")
+    return 0
   columns = {name: [] for name in ("kernel", "MB", "way")}
   columns |= {f"{rows} rows, us": [] for rows in counts}
   for inputs, outputs in SIZES:
@@ -86,7 +129,8 @@ def main(argv: list[str]) -> int:
       columns["MB"].append(f"{size / 1e6:.1f}")
       columns["way"].append(name)
       for rows in counts:
-        cell = microseconds(multiply, kernels, jnp.ones((rows, inputs)))
+        timed = timer(multiply, kernels, jnp.ones((rows, inputs)))
+        cell = min(timed() for _ in range(5))
         columns[f"{rows} rows, us"].append(f"{cell:.0f}")
   print(table(columns, ("kernel", "way")))
   return 0

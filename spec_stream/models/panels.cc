@@ -11,8 +11,8 @@
 // taken in the same order however many others there are.
 //
 // A gated product is f(x W) * x V, of W and V in one kernel, a panel of one and
-// of the other in turn: f is taken of sums that are in the nearest cache, by all
-// threads.
+// of the other in turn: f is taken of sums that are in the nearest cache, by
+// all threads.
 //
 // native.py compiles this file for the machine it runs on.
 
@@ -144,8 +144,8 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x,
   }
   const auto share = [&](const auto* w) {
     using Weight = std::decay_t<decltype(*w)>;
-    const Product<Weight> product{x.typed_data(), w,     out,       rows, inputs,
-                                  outputs,        pairs, Gate(gate)};
+    const Product<Weight> product{x.typed_data(), w, out, rows,
+                                  inputs, outputs, pairs, Gate(gate)};
     Share(pool, pairs, pairs * inputs * kWidth / kLeast,
           [product](int64_t i, int64_t next) { product.Pair(i, next); });
   };

@@ -1,9 +1,9 @@
 // Attention of new rows over a cache and over each other, in float32: what
 // attention.py makes of a layer's projections, rotations and all, in one call.
 // For each row of the batch and each key/value head, and some of the new rows
-// with their query heads: scores with the cache's keys up to its length and with
-// the new ones, one softmax, values. Both products are of tiles.h, for keys lie by their
-// sizes, [H, S], and values by their slots, [S, H].
+// with their query heads: scores with the cache's keys up to its length and
+// with the new ones, one softmax, values. Both products are of tiles.h, for
+// keys lie by their sizes, [H, S], and values by their slots, [S, H].
 //
 // Letters as in attention.py. native.py compiles this file.
 
@@ -28,7 +28,7 @@ constexpr double kLeast = 1 << 17;  // FLOPs worth a thread of their own
 constexpr int64_t kAhead = 1 << 16;  // bytes of keys, or values, to prefetch
 constexpr float kNever = -1e30f;     // score of what a row may not attend to
 
-// What is left of the outputs, from `at` on, that fills registers -> up to where.
+// The rest of the outputs, from `at` on, that fills registers -> up to where.
 template <int vectors = kVectors - 1>
 int64_t Rest(const Factors<float, int64_t, SideBySide>& f, int64_t rows,
              int64_t at, int64_t outputs) {
