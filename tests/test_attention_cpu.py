@@ -6,6 +6,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from compiler import compiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,8 +24,8 @@ def projections(seed, batch, heads, rows, groups, size, slots):
 
 
 def tables(seed, batch, rows, pairs):
-  """Of random angles, or None for pairs of -1."""
-  if pairs < 0:
+  """Of random angles, or None."""
+  if pairs is None:
     return None
   at = np.random.default_rng(seed).uniform(0, 500, (batch, rows))
   return attention.rotation(jnp.asarray(at), 1 / (1 + np.arange(pairs)), "f4")
@@ -47,10 +48,8 @@ def dense(qkv, rotary, turn, mask, cache, length, first, scale, window, cap):
 
 @functools.partial(jax.jit, static_argnames=("scale", "cap"))
 def kernel(rotary, turn, scale, cap=0.0, **x):
-  none = jnp.zeros((*x["qkv"].shape[:2], 2, 2, 0))
-  turns = (none if y is None else y for y in (rotary, turn))
   call = tree_attention_cpu.attend_projections
-  return call(x.pop("qkv"), *turns, **x, scale=scale, cap=cap)
+  return call(x.pop("qkv"), rotary, turn, **x, scale=scale, cap=cap)
 
 
 @compiled
@@ -66,9 +65,8 @@ def kernel(rotary, turn, scale, cap=0.0, **x):
   window=st.sampled_from([0, 0, 1, 9]),
   cap=st.sampled_from([0.0, 0.0, 5.0]),
   scale=st.sampled_from([0.125, 1.0]),
-  share=st.sampled_from(
-    [-1, 0, 1, 2]
-  ),  # of a head's pairs that turn: half, all
+  # Of a head's pairs that turn; None without a table.
+  share=st.sampled_from([None, 0, 0.5, 1]),
   turns=st.booleans(),
 )
 def test_it_is_as_the_dense_form(
@@ -78,8 +76,9 @@ def test_it_is_as_the_dense_form(
   assert native.is_ready()
   x = projections(seed, batch, rows=rows, size=size, **shape)
   x = slide(x, window) if window else x
-  x["rotary"] = tables(seed, batch, rows, max(-1, size // 2 * share // 2))
-  x["turn"] = tables(seed + 1, 1, rows, size // 2 if turns else -1)
+  pairs = None if share is None else int(size // 2 * share)
+  x["rotary"] = tables(seed, batch, rows, pairs)
+  x["turn"] = tables(seed + 1, 1, rows, size // 2 if turns else None)
   expected = dense(**x, window=window, cap=cap, scale=scale)
   beyond = jnp.arange(shape["slots"]) >= x["length"][:, None]
   keys, values = x["cache"]
@@ -91,6 +90,23 @@ def test_it_is_as_the_dense_form(
   for a, b in zip(found, expected, strict=True):
     assert a.shape == b.shape
     np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+@compiled
+def test_rows_do_not_depend_on_those_after_them():
+  """Not in a bit, wherever in the cache each begins to see."""
+  assert native.is_ready()
+  x = projections(0, 2, 1, rows=44, groups=5, size=16, slots=100)
+  first = np.random.default_rng(0).integers(0, 70, (2, 44))
+  x |= {"length": jnp.array([77, 100]), "first": jnp.asarray(first)}
+  x |= dict(rotary=tables(0, 2, 44, 8), turn=None, scale=0.25)
+  y, k, v = kernel(**x)
+  for rows in (1, 2, 5, 8, 14, 43):
+    few = {name: x[name][:, :rows] for name in ("qkv", "rotary", "first")}
+    some = kernel(**x | few | {"mask": x["mask"][:, :rows, :rows]})
+    np.testing.assert_array_equal(some[0], y[:, :, :rows])
+    np.testing.assert_array_equal(some[1], k[..., :rows])
+    np.testing.assert_array_equal(some[2], v[:, :, :rows])
 
 
 @compiled

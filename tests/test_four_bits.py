@@ -120,7 +120,8 @@ def test_without_avx2(monkeypatch, tmp_path):
 
 
 STREAMS = dataclasses.replace(
-  as_float32(CASES["lossless"][0]), width=64, num_heads=4, head_dim=16
+  as_float32(CASES["lossless"][0]),
+  **dict(width=64, num_heads=4, head_dim=16, ffw_dim=64),
 )
 
 
@@ -134,6 +135,9 @@ def test_copies_for_drafts_are_nearly_the_weights(tied, monkeypatch):
     laid = transformer.for_decoding(model)
   assert model.coarse is None and laid.coarse is not None
   assert laid.coarse.head.out_first == lora.FOUR_BITS
+  # An adapter, which the top layers have in this mode, comes before the gate.
+  gated = [block.ffw.gate_up.gated for block in laid.blocks]
+  assert gated == [i < config.insertion_layer for i in range(len(gated))]
   rng = np.random.default_rng(0)
   draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
   # Of 4 bits a tenth and more in a product; what is not of it is beyond 1.

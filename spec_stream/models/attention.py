@@ -40,7 +40,8 @@ from spec_stream.models.segments import SegmentRows
 # Kernels that read the cache, by platform, and where they do so: on devices
 # where a step measured faster by them, "platform" or "platform capability".
 # That is an H100 (experiments/gpu), and a CPU (experiments/step_cost); the one
-# for a TPU was not measured.
+# for a TPU was not measured. A module `fits` some shapes, and has `attend`, of
+# turned and scaled queries, keys and values, or `attend_projections`.
 KERNELS = {
   "tpu": "tree_attention",
   "cuda": "tree_attention_gpu",
@@ -204,6 +205,7 @@ class Attention(nnx.Module):
     with jax.named_scope("qkv"):
       qkv = self.qkv(x, adapt_from)  # [B, R, K, G+2, H]
       if self.q_norm is not None:
+        # With the values beside them, for a kernel that takes all as one.
         q, k, v = jnp.split(qkv, (config.groups, config.groups + 1), 3)
         qkv = jnp.concatenate([self.q_norm(q), self.k_norm(k), v], 3)
     if isinstance(rows, SegmentRows):
@@ -217,7 +219,8 @@ class Attention(nnx.Module):
     return y, (k[..., :num_main], v[:, :, :num_main])
 
   def _attend(self, qkv, rows: Rows, cache, length):
-    """qkv [B, R, K, G+2, H] -> y [B, K, R, G, H], k, v."""
+    """qkv [B, R, K, G+2, H] -> y [B, K, R, G, H], k [B, K, H, R], v
+    [B, K, R, H]."""
     args, config = (qkv, rows, cache, length), self.config
     default = functools.partial(_dense, config)
     if cache is None or length is None or not self.kernels:
@@ -270,7 +273,9 @@ def _by_scores(cap: float, q, k, v, rows: Rows, cache, length):
   return joined(blocks, weigh)
 
 
-def _by_kernel(platform: str, config: ModelConfig, qkv, rows, cache, length):
+def _by_kernel(
+  platform: str, config: ModelConfig, qkv, rows: Rows, cache, length
+):
   """As `Attention._attend`."""
   kernel = _kernel(platform)
   shape = qkv.shape[1], config.groups, config.head_dim, cache[0].shape[3]
@@ -283,11 +288,12 @@ def _by_kernel(platform: str, config: ModelConfig, qkv, rows, cache, length):
     first = jnp.maximum(rows.positions - rows.window + 1, 0)
   seen = (rows.mask, cache, length, first)
   cap = config.attention_softcap
-  if whole := getattr(kernel, "attend_projections", None):
-    none = jnp.zeros((*qkv.shape[:2], 2, 2, 0), qkv.dtype)
-    turns = [none if x is None else x for x in (rows.rotary, rows.turn)]
+  if hasattr(kernel, "attend_projections"):
+    turns = rows.rotary, rows.turn
     with jax.named_scope("attend"):
-      return whole(qkv, *turns, *seen, scale=_scale(config), cap=cap)
+      return kernel.attend_projections(
+        qkv, *turns, *seen, scale=_scale(config), cap=cap
+      )
   q, k, v = _turned(config, qkv, rows)
   with jax.named_scope("attend"):
     return kernel.attend(q, k, v, *seen, cap=cap), k, v

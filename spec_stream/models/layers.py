@@ -119,7 +119,7 @@ class FeedForward(nnx.Module):
 
   def __call__(self, x: jax.Array, adapt_from: int) -> jax.Array:
     y = self.gate_up(x, adapt_from)
-    if not self.gate_up.gated:
+    if not self.gate_up.gated:  # else it is what this gives
       first = _ACTIVATIONS[self.activation](y[:, :, 0])
       y = first * y[:, :, 1] if y.shape[2] > 1 else first
     return self.down(y, adapt_from)

@@ -89,7 +89,7 @@ class Linear(nnx.Module):
   FOUR_BITS, it and its scale are as `four_bits.pack` makes them.
 
   gate: an activation f, if out is (2, F) and f(y[0]) * y[1] is wanted of it. A
-  call gives that, [..., F], as soon as `gated` says so: once it is laid out.
+  call gives that, [..., F], where `gated` says so: see `lay_out`.
 
   Several projections of the same input stand side by side in one kernel, so
   that main and stream rows pass through one matrix product.
@@ -203,14 +203,18 @@ class Linear(nnx.Module):
     return "" if quantised and laid != PANELS else laid
 
   def lay_out(self, laid: str):
-    """Lays out the kernel for what `layout` said."""
+    """Lays out the kernel for what `layout` said.
+
+    In panels it is `gated` then, if the activation is one of theirs and F of
+    whole panels, and nothing else comes between the product and it.
+    """
     kernel = self.kernel[...].reshape(math.prod(self.inputs), -1).T
-    more = self.kernel_scale, self.bias, self.lora_a
+    between = self.kernel_scale, self.bias, self.lora_a
     self.gated = (
       laid == PANELS
       and self.gate in panels.GATES
       and self.outputs[-1] % panels.WIDTH == 0
-      and all(x is None for x in more)
+      and all(x is None for x in between)
     )
     if self.gated:
       kernel = panels.in_turn(kernel)

@@ -4,7 +4,7 @@ XLA's library for CPUs packs a kernel anew in each call, so that four rows take
 1.4 times as long as one although they read no more. Here it is packed once,
 when the model is made ready: a panel is WIDTH outputs, of each input in turn
 the weights of all of them. `panels.cc` (see `native`) multiplies such kernels,
-two panels at a time.
+two panels at a time, and applies the activation of a gated feed-forward layer.
 
 `four_bits` multiplies coarse copies of them.
 """
@@ -18,7 +18,10 @@ import numpy as np
 WIDTH = 16  # outputs of a panel: of an input a cache line in float32
 DTYPES = (jnp.float32, jnp.int8)  # of kernels
 # Activations of a gated product, and their numbers in `panels.cc`.
-GATES = {"silu": (1, jax.nn.silu), "gelu_tanh": (2, jax.nn.gelu)}
+GATES = {
+  "silu": (1, jax.nn.silu),
+  "gelu_tanh": (2, functools.partial(jax.nn.gelu, approximate=True)),
+}
 TARGET = "spec_stream_panels"
 
 
@@ -31,6 +34,7 @@ def pack(kernel: jax.Array) -> jax.Array:
   return kernel.reshape(panels, WIDTH, -1).swapaxes(1, 2)
 
 
+@jax.jit
 def in_turn(kernel: jax.Array) -> jax.Array:
   """[2 F, I] -> the same with WIDTH outputs of either half in turn, as a gated
   product wants them; F is a multiple of WIDTH."""

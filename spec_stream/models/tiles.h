@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -19,7 +20,7 @@ namespace spec_stream {
 
 // Lanes of a register; rows and registers' worth of outputs of a tile, whose
 // sums stay in registers while it is added up: AVX-512 and ARM have 32 of them,
-// AVX and SSE 16.
+// AVX and SSE 16. A tile of fewer outputs has more rows, up to kMost.
 #if defined(__AVX512F__)
 constexpr int kLanes = 16, kRows = 12, kVectors = 2;
 #elif defined(__AVX__)
@@ -29,10 +30,11 @@ constexpr int kLanes = 4, kRows = 6, kVectors = 4;
 #else
 constexpr int kLanes = 4, kRows = 3, kVectors = 4;
 #endif
+constexpr int kMost = 12;      // what loops over rows are unrolled for
 constexpr int64_t kLine = 64;  // bytes
 constexpr int kSteps = 8;      // inputs between two turns of prefetching
 constexpr int kGroup = 16;     // outputs of a group: a line, in float32
-static_assert(kGroup % kLanes == 0);
+static_assert(kGroup % kLanes == 0 && kRows <= kMost);
 
 typedef float Vector __attribute__((vector_size(kLanes * 4)));
 
@@ -213,7 +215,7 @@ const char* TileOf(int64_t rows, const Args&... args) {
 template <int vectors, typename Weight, typename Width, typename Far>
 const char* Tiles(const Factors<Weight, Width, Far>& f, int64_t rows,
                   int64_t at, const char* next, int64_t lines) {
-  constexpr int most = kRows * kVectors / vectors;  // fewer outputs, more rows
+  constexpr int most = std::min(kMost, kRows * kVectors / vectors);
   const int64_t along = Up(rows, most);
   for (int64_t a = 0; a < along; ++a) {
     const int64_t row = rows * a / along, end = rows * (a + 1) / along;

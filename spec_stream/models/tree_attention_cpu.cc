@@ -1,9 +1,11 @@
 // Attention of new rows over a cache and over each other, in float32: what
-// attention.py makes of a layer's projections, rotations and all, in one call.
-// For each row of the batch and each key/value head, and some of the new rows
-// with their query heads: scores with the cache's keys up to its length and
-// with the new ones, one softmax, values. Both products are of tiles.h, for
-// keys lie by their sizes, [H, S], and values by their slots, [S, H].
+// attention.py makes of a layer's projections, in one call. For each row of the
+// batch and each key/value head, and some of the new rows with their query
+// heads: queries, keys and values turned (and queries scaled), scores with the
+// cache's keys up to its length and with the new ones, one softmax, values. New
+// keys and values are handed back as the cache has them. Both products are of
+// tiles.h, for keys lie by their sizes, [H, S], and values by their slots,
+// [S, H].
 //
 // Letters as in attention.py. native.py compiles this file.
 
@@ -20,8 +22,7 @@ namespace ffi = xla::ffi;
 namespace spec_stream {
 namespace {
 
-using Heads = ffi::Buffer<ffi::F32, 5>;
-using Tables = ffi::Buffer<ffi::F32, 5>;  // [B, R, 2, 2, n], see layers.py
+using Buffer5 = ffi::Buffer<ffi::F32, 5>;
 
 constexpr int64_t kBlock = 48;       // rows with their query heads, at once
 constexpr double kLeast = 1 << 17;  // FLOPs worth a thread of their own
@@ -92,7 +93,8 @@ float Softmax(float* scores, int64_t count, float cap) {
   return sum;
 }
 
-// Turns the first 2 n elements of x, of `size`, in pairs; table: of a row.
+// Turns the first 2 n elements of x, of `size`, in pairs; table: that of a row,
+// [2, 2, n] (`rotation` of layers.py).
 void Rotate(const float* x, const float* table, int64_t n, int64_t size,
             float* y) {
   const float *cos = table, *sin = table + 3 * n;
@@ -106,11 +108,11 @@ void Rotate(const float* x, const float* table, int64_t n, int64_t size,
 
 struct Operands {
   const float *qkv, *rotary, *turn, *keys, *values;
-  const bool* mask;
+  const uint8_t* mask;
   const int32_t *length, *first;
   float *y, *k, *v;
-  // per: rows of a part; turned, turned_values: pairs.
-  int64_t batch, rows, heads, groups, size, slots, per, turned, turned_values;
+  // per: rows of a part; key_pairs, value_pairs: of elements that turn.
+  int64_t batch, rows, heads, groups, size, slots, per, key_pairs, value_pairs;
   float scale, cap;
 
   int64_t Parts() const { return Up(rows, per); }
@@ -123,10 +125,12 @@ struct Operands {
     const int64_t end = std::clamp<int64_t>(length[b], 0, slots);
     const int32_t* firsts = first + b * rows + from;
     const int64_t least = *std::min_element(firsts, firsts + here);
-    const int64_t begin = std::clamp<int64_t>(least, 0, end);
+    // Of a register, so that a slot's lane, and with it the order of sums, does
+    // not depend on what else is in the part.
+    const int64_t begin = std::clamp<int64_t>(least, 0, end) / kLanes * kLanes;
     const int64_t old = Up(end - begin, kLanes) * kLanes;
     // New keys are filled up to whole registers.
-    const int64_t wide = Up(rows, kLanes) * kLanes, all = old + wide;
+    const int64_t padded = Up(rows, kLanes) * kLanes, all = old + padded;
     const int64_t unit = b * heads + head;
     const float* k_old = keys + unit * size * slots + begin;
     const float* v_old = values + (unit * slots + begin) * size;
@@ -141,46 +145,54 @@ struct Operands {
       }
     }
     static thread_local std::vector<float> scratch;
-    const int64_t zeros = n * (size + all) + size * wide;
-    scratch.resize(zeros + n * (size + 1) + size * (rows + 1));
-    float *found = scratch.data(), *scores = found + n * size;
-    float *k_new = scores + n * all, *queries = k_new + size * wide;
-    float *v_new = queries + n * size, *one = v_new + size * rows;
-    float* sums = one + size;
-    std::fill_n(found, zeros, 0.0f);
+    // What is added to, and what is beyond the rows of new keys, begins as 0.
+    const int64_t cleared = n * (size + all) + size * padded;
+    scratch.resize(cleared + n * (size + 1) + size * (rows + 1));
+    float* found = scratch.data();
+    float* scores = found + n * size;
+    float* k_new = scores + n * all;
+    float* queries = k_new + size * padded;
+    float* v_new = queries + n * size;
+    float* key = v_new + size * rows;
+    float* sums = key + size;
+    std::fill_n(found, cleared, 0.0f);
     for (int64_t r = 0; r < n; ++r) {
       const int64_t row = from + r / groups;
-      float* to = queries + r * size;
-      Rotate(Of(b, row, head) + r % groups * size, rotary + At(b, row, turned),
-             turned, size, to);
-      for (int64_t h = 0; h < size; ++h) to[h] *= scale;
+      float* query = queries + r * size;
+      Rotate(Projections(b, row, head) + r % groups * size,
+             rotary + Table(b, row, key_pairs), key_pairs, size, query);
+      for (int64_t h = 0; h < size; ++h) query[h] *= scale;
     }
+    // Each part turns all new keys and values for itself, which takes less than
+    // to wait for them; the first hands them back.
     for (int64_t row = 0; row < rows; ++row) {
-      const float* key = Of(b, row, head) + groups * size;
-      Rotate(key, rotary + At(b, row, turned), turned, size, one);
-      for (int64_t h = 0; h < size; ++h) k_new[h * wide + row] = one[h];
-      Rotate(key + size, turn + At(b, row, turned_values), turned_values, size,
-             v_new + row * size);
+      const float* projected = Projections(b, row, head) + groups * size;
+      Rotate(projected, rotary + Table(b, row, key_pairs), key_pairs, size,
+             key);
+      for (int64_t h = 0; h < size; ++h) k_new[h * padded + row] = key[h];
+      Rotate(projected + size, turn + Table(b, row, value_pairs), value_pairs,
+             size, v_new + row * size);
     }
     if (part == 0) {
       for (int64_t h = 0; h < size; ++h) {
-        std::copy_n(k_new + h * wide, rows, k + (unit * size + h) * rows);
+        std::copy_n(k_new + h * padded, rows, k + (unit * size + h) * rows);
       }
       std::copy_n(v_new, rows * size, v + unit * rows * size);
     }
     const int64_t bytes = (end - begin) * size * sizeof(float);
     Multiply(queries, n, size, k_old, size, there, slots, scores, all, v_old,
              std::min(bytes, kAhead));
-    Multiply(queries, n, size, k_new, size, wide, wide, scores + old, all);
+    Multiply(queries, n, size, k_new, size, padded, padded, scores + old, all);
     for (int64_t r = 0; r < n; ++r) {
       const int64_t row = from + r / groups;
-      const bool* sees = mask + (b * rows + row) * rows;
+      const uint8_t* sees = mask + (b * rows + row) * rows;
       float *mine = scores + r * all, *mine_new = mine + old;
       const int64_t hidden = first[b * rows + row] - begin;
       std::fill_n(mine, std::clamp<int64_t>(hidden, 0, end - begin), kNever);
       std::fill(mine + end - begin, mine_new, kNever);
       for (int64_t j = 0; j < rows; ++j) {
-        mine_new[j] = sees[j] ? mine_new[j] : kNever;
+        const float x = mine_new[j];  // first, so that GCC makes no branch
+        mine_new[j] = sees[j] ? x : kNever;
       }
       std::fill(mine_new + rows, mine + all, kNever);
       sums[r] = Softmax(mine, all, cap);
@@ -194,34 +206,35 @@ struct Operands {
     }
   }
 
-  // Where the projections of a row begin in [B, R, K, G + 2, H].
-  const float* Of(int64_t b, int64_t row, int64_t head) const {
+  // Where those of a row begin in [B, R, K, G + 2, H].
+  const float* Projections(int64_t b, int64_t row, int64_t head) const {
     return qkv + ((b * rows + row) * heads + head) * (groups + 2) * size;
   }
 
   // Where the table of a row begins in [B, R, 2, 2, pairs].
-  int64_t At(int64_t b, int64_t row, int64_t pairs) const {
+  int64_t Table(int64_t b, int64_t row, int64_t pairs) const {
     return (b * rows + row) * 4 * pairs;
   }
 };
 
 ffi::Error Attend(ffi::ThreadPool pool, ffi::BufferR1<ffi::S32> length,
                   ffi::BufferR2<ffi::S32> first, ffi::BufferR3<ffi::PRED> mask,
-                  Heads qkv, Tables rotary, Tables turn,
+                  Buffer5 qkv, Buffer5 rotary, Buffer5 turn,
                   ffi::BufferR4<ffi::F32> keys, ffi::BufferR4<ffi::F32> values,
-                  float scale, float cap, ffi::Result<Heads> y,
+                  float scale, float cap, ffi::Result<Buffer5> y,
                   ffi::ResultBufferR4<ffi::F32> k,
                   ffi::ResultBufferR4<ffi::F32> v) {
   const auto sizes = y->dimensions();
   Operands o{};
   o.qkv = qkv.typed_data(), o.rotary = rotary.typed_data();
-  o.turn = turn.typed_data(), o.mask = mask.typed_data();
+  o.turn = turn.typed_data();
+  o.mask = reinterpret_cast<const uint8_t*>(mask.typed_data());
   o.keys = keys.typed_data(), o.values = values.typed_data();
   o.length = length.typed_data(), o.first = first.typed_data();
   o.y = y->typed_data(), o.k = k->typed_data(), o.v = v->typed_data();
   o.batch = sizes[0], o.rows = sizes[1], o.heads = sizes[2];
   o.groups = sizes[3], o.size = sizes[4], o.slots = keys.dimensions()[3];
-  o.turned = rotary.dimensions()[4], o.turned_values = turn.dimensions()[4];
+  o.key_pairs = rotary.dimensions()[4], o.value_pairs = turn.dimensions()[4];
   o.scale = scale, o.cap = cap;
   const auto is = [](const auto& x, std::vector<int64_t> sizes) {
     const auto found = x.dimensions();
@@ -230,9 +243,9 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::BufferR1<ffi::S32> length,
   if (!is(length, {o.batch}) || !is(first, {o.batch, o.rows}) ||
       !is(mask, {o.batch, o.rows, o.rows}) ||
       !is(qkv, {o.batch, o.rows, o.heads, o.groups + 2, o.size}) ||
-      !is(rotary, {o.batch, o.rows, 2, 2, o.turned}) ||
-      !is(turn, {o.batch, o.rows, 2, 2, o.turned_values}) ||
-      2 * std::max(o.turned, o.turned_values) > o.size ||
+      !is(rotary, {o.batch, o.rows, 2, 2, o.key_pairs}) ||
+      !is(turn, {o.batch, o.rows, 2, 2, o.value_pairs}) ||
+      2 * std::max(o.key_pairs, o.value_pairs) > o.size ||
       !is(*k, {o.batch, o.heads, o.size, o.rows}) ||
       !is(*v, {o.batch, o.heads, o.rows, o.size}) ||
       !is(keys, {o.batch, o.heads, o.size, o.slots}) ||
@@ -260,13 +273,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(SpecStreamAttention, spec_stream::Attend,
                                   .Arg<ffi::BufferR1<ffi::S32>>()
                                   .Arg<ffi::BufferR2<ffi::S32>>()
                                   .Arg<ffi::BufferR3<ffi::PRED>>()
-                                  .Arg<spec_stream::Heads>()
-                                  .Arg<spec_stream::Tables>()
-                                  .Arg<spec_stream::Tables>()
+                                  .Arg<spec_stream::Buffer5>()
+                                  .Arg<spec_stream::Buffer5>()
+                                  .Arg<spec_stream::Buffer5>()
                                   .Arg<ffi::BufferR4<ffi::F32>>()
                                   .Arg<ffi::BufferR4<ffi::F32>>()
                                   .Attr<float>("scale")
                                   .Attr<float>("cap")
-                                  .Ret<spec_stream::Heads>()
+                                  .Ret<spec_stream::Buffer5>()
                                   .Ret<ffi::BufferR4<ffi::F32>>()
                                   .Ret<ffi::BufferR4<ffi::F32>>());

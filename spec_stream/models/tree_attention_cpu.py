@@ -1,11 +1,11 @@
 """Attention over cache and new rows as one call for a CPU, in float32.
 
-`tree_attention_cpu.cc` (see `native`) turns queries and keys, and has the
-scores with the cache, up to its length, and with the new rows, their softmax
-and the values; nothing of the size of the slots is made. XLA makes some fifteen
+`tree_attention_cpu.cc` (see `native`) turns queries, keys and values, and has
+the scores with the cache, up to its length, and with the new rows, their
+softmax and the values; nothing of the size of the slots is made. XLA makes many
 small programs of it, each of which takes longer to begin than a short cache
 takes to be read. A request is shared by as many threads as there are key/value
-heads, and parts of 48 rows.
+heads, and parts of 48 query rows.
 """
 
 import jax
@@ -27,8 +27,8 @@ def fits(rows: int, groups: int, size: int, slots: int, dtype) -> bool:
 
 def attend_projections(
   qkv: jax.Array,
-  rotary: jax.Array,
-  turn: jax.Array,
+  rotary: jax.Array | None,
+  turn: jax.Array | None,
   mask: jax.Array,
   cache: tuple[jax.Array, jax.Array],
   length: jax.Array,
@@ -42,26 +42,33 @@ def attend_projections(
   Args:
     qkv: [B, R, K, G + 2, H], of each head its G queries, its key, its value.
     rotary: [B, R, 2, 2, n], see `layers.rotation`: of queries and keys.
-    turn: [B or 1, R, 2, 2, m]: of values. n, m: 0 where they are not turned.
+    turn: [B or 1, R, 2, 2, m]: of values.
     mask, cache, length, first, cap: as of `tree_attention.attend`, in float32.
     scale: of queries.
   """
   batch, rows, heads, parts, size = qkv.shape
-  of = lambda *shape: jax.ShapeDtypeStruct((batch, *shape), qkv.dtype)
-  call = jax.ffi.ffi_call(
-    TARGET,
-    (
-      of(rows, heads, parts - 2, size),
-      of(heads, size, rows),
-      of(heads, rows, size),
-    ),
-    vmap_method="sequential",
+  result = lambda *shape: jax.ShapeDtypeStruct((batch, *shape), qkv.dtype)
+  results = (
+    result(rows, heads, parts - 2, size),
+    result(heads, size, rows),
+    result(heads, rows, size),
   )
-  whole = lambda x: x.astype(jnp.int32)
-  table = lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])).astype(qkv.dtype)
+  call = jax.ffi.ffi_call(TARGET, results, vmap_method="sequential")
+
+  def table(turns):
+    if turns is None:
+      return jnp.zeros((batch, rows, 2, 2, 0), qkv.dtype)
+    turns = jnp.broadcast_to(turns, (batch, *turns.shape[1:]))
+    return turns.astype(qkv.dtype)
+
   y, k, v = call(
-    *(whole(length), whole(first), mask),
-    *(qkv, table(rotary), table(turn), *cache),
+    length.astype(jnp.int32),
+    first.astype(jnp.int32),
+    mask,
+    qkv,
+    table(rotary),
+    table(turn),
+    *cache,
     scale=np.float32(scale),
     cap=np.float32(cap),
   )
