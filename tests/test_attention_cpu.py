@@ -6,7 +6,6 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from compiler import compiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
