@@ -186,8 +186,8 @@ def test_products_are_timed_each_way(monkeypatch, capsys, ready):
   calls = []
   monkeypatch.setattr(
     products,
-    "microseconds",
-    lambda way, kernels, x: calls.append((x.shape, kernels)) or 7.0,
+    "timer",
+    lambda way, kernels, x: calls.append((x.shape, kernels)) or (lambda: 7.0),
   )
   assert products.main(["--rows=1,3"]) == 0
   said, lines = [], capsys.readouterr().out.splitlines()
@@ -204,3 +204,25 @@ def test_products_are_timed_each_way(monkeypatch, capsys, ready):
   shapes = [[k.shape for k in kernels] for _, kernels in calls]
   ways = (4, 6), *[(2, 4, 16)] * ready, (6, 4), (6, 4)
   assert shapes == [3 * [shape] for shape in ways for _ in range(2)]
+
+
+@pytest.mark.parametrize("ready", [True, False])
+def test_rates_of_products(monkeypatch, capsys, ready):
+  products = script("step_cost", "products.py")
+  monkeypatch.setattr(native, "is_ready", lambda: ready)
+  monkeypatch.setattr(products, "SIZES", ((8, 16), (4, 6)))
+  monkeypatch.setattr(products, "HELD", 2000)
+  monkeypatch.setattr(products, "SIDE", 4)
+  monkeypatch.setattr(products, "timer", lambda *_: lambda: 0.001)
+  monkeypatch.setattr(products, "numpy_timer", lambda *_: lambda: 0.004)
+  assert products.main(["--rows=2,3", "--rates=2"]) == 0
+  lines = capsys.readouterr().out.splitlines()[not ready :]
+  ways = "in first", *["panels"] * ready, "out first", "x W^T", "NumPy"
+  names = [f"{way}, {rows} rows" for rows in (2, 3) for way in ways]
+  assert [line[:24].strip() for line in lines] == [
+    *("XLA, squares", "NumPy, squares"),
+    *names,
+  ]
+  of = lambda way, flops: flops / (4 if way == "NumPy" else 1)
+  expected = [of(way, 2 * r * 8 * 16) for r in (2, 3) for way in ways]
+  assert [int(line[24:29]) for line in lines] == [128, 32, *map(int, expected)]

@@ -8,8 +8,8 @@ one after the other in a compiled loop: microseconds each, the best of five.
 "in first": x W of W [I, out]; "panels", `panels.matmul`. Of W [out, I]: "out
 first", `lora.rows_as_columns`; "x W^T", as it is written down.
 
---rates: FLOPs a second of `panels` with --rows beside those of libraries with
-squares of 2048, where memory is no limit; in turns, medians.
+--rates: FLOPs a second with --rows of panels, XLA and NumPy's BLAS, and of the
+libraries with squares of 2048, where memory is no limit; in turns, medians.
 """
 
 import argparse
@@ -32,6 +32,7 @@ SIZES = (
   (768, 4096),
   (768, 16384),
 )
+SIDE = 2048
 HELD = 2**27  # bytes of all kernels of a size
 TURNS = 10
 
@@ -72,31 +73,35 @@ def timer(multiply, kernels, x):
   return timed
 
 
-def numpy_timer(square):
+def numpy_timer(kernels, x):
+  """As `timer`, of NumPy's product."""
+
   def timed():
     begin = time.perf_counter()
     for _ in range(TURNS):
-      square @ square
-    return 1e6 * (time.perf_counter() - begin) / TURNS
+      for kernel in kernels:
+        x @ kernel
+    return 1e6 * (time.perf_counter() - begin) / TURNS / len(kernels)
 
   return timed
 
 
 def rates(counts, rounds: int) -> dict[str, float]:
-  """GFLOP/s of libraries and, with each number of rows, of `panels`."""
-  side, (inputs, outputs) = 2048, SIZES[-2]
-  square = np.full((side, side), 1 / side, np.float32)
+  """GFLOP/s of each way with each number of rows, and with squares."""
+  square = np.full((SIDE, SIDE), 1 / SIDE, np.float32)
   turns = {
-    "XLA, squares": (timer(jnp.matmul, [square], square), 2 * side**3),
-    "NumPy's BLAS, squares": (numpy_timer(square), 2 * side**3),
+    "XLA, squares": (timer(jnp.matmul, [square], square), 2 * SIDE**3),
+    "NumPy, squares": (numpy_timer([square], square), 2 * SIDE**3),
   }
-  if native.is_ready():
-    kernel = jnp.ones((inputs, outputs))
-    many = [kernel] * (HELD // kernel.nbytes)
-    multiply, kernels = ways(many)["panels"]
-    for rows in counts:
-      timed = timer(multiply, kernels, jnp.ones((rows, inputs)))
-      turns[f"panels, {rows} rows"] = timed, 2 * rows * inputs * outputs
+  inputs, outputs = SIZES[-2]
+  size = 4 * inputs * outputs
+  many = [np.ones((inputs, outputs), np.float32) for _ in range(HELD // size)]
+  here = ways([jnp.asarray(kernel) for kernel in many])
+  for rows in counts:
+    flops, x = 2 * rows * inputs * outputs, np.ones((rows, inputs), np.float32)
+    for name, (multiply, kernels) in here.items():
+      turns[f"{name}, {rows} rows"] = timer(multiply, kernels, x), flops
+    turns[f"NumPy, {rows} rows"] = numpy_timer(many, x), flops
   found = {name: [] for name in turns}
   for _ in range(rounds):
     for name, (timed, flops) in turns.items():

@@ -208,12 +208,12 @@ class Attention(nnx.Module):
         # With the values beside them, for a kernel that takes all as one.
         q, k, v = jnp.split(qkv, (config.groups, config.groups + 1), 3)
         qkv = jnp.concatenate([self.q_norm(q), self.k_norm(k), v], 3)
-    if isinstance(rows, SegmentRows):
-      q, k, v = _turned(config, qkv, rows)
-      with jax.named_scope("attend"):
+    with jax.named_scope("attend"):
+      if isinstance(rows, SegmentRows):
+        q, k, v = _turned(config, qkv, rows)
         y = segments.attend(q, k, v, rows, config.attention_softcap)
-    else:
-      y, k, v = self._attend(qkv, rows, cache, length)
+      else:
+        y, k, v = self._attend(qkv, rows, cache, length)
     with jax.named_scope("out"):
       y = self.out(jnp.moveaxis(y, 1, 2), adapt_from)
     return y, (k[..., :num_main], v[:, :, :num_main])
@@ -240,23 +240,21 @@ def _scale(config: ModelConfig) -> float:
 def _turned(config: ModelConfig, qkv, rows: Rows | SegmentRows):
   """qkv [B, R, K, G+2, H] -> q [B, K, R, G, H], turned and scaled, k
   [B, K, H, R], turned, and v [B, K, R, H]."""
-  with jax.named_scope("qkv"):
-    qk, v = qkv[:, :, :, :-1], qkv[:, :, :, -1]
-    if rows.rotary is not None:
-      qk = rotate(qk, rows.rotary[:, :, None, None])
-    if rows.turn is not None:
-      v = rotate(v, rows.turn[:, :, None])
-    # Scaled before it is rounded: the scale itself may be no bfloat16.
-    q, k = qk[:, :, :, :-1], qk[:, :, :, -1]
-    q = (q.astype(wide(q.dtype)) * _scale(config)).astype(q.dtype)
-    return jnp.moveaxis(q, 2, 1), jnp.moveaxis(k, 1, 3), v.swapaxes(1, 2)
+  qk, v = qkv[:, :, :, :-1], qkv[:, :, :, -1]
+  if rows.rotary is not None:
+    qk = rotate(qk, rows.rotary[:, :, None, None])
+  if rows.turn is not None:
+    v = rotate(v, rows.turn[:, :, None])
+  # Scaled before it is rounded: the scale itself may be no bfloat16.
+  q, k = qk[:, :, :, :-1], qk[:, :, :, -1]
+  q = (q.astype(wide(q.dtype)) * _scale(config)).astype(q.dtype)
+  return jnp.moveaxis(q, 2, 1), jnp.moveaxis(k, 1, 3), v.swapaxes(1, 2)
 
 
 def _dense(config: ModelConfig, qkv, rows: Rows, cache, length):
   """As `Attention._attend`."""
   q, k, v = _turned(config, qkv, rows)
-  with jax.named_scope("attend"):
-    y = _by_scores(config.attention_softcap, q, k, v, rows, cache, length)
+  y = _by_scores(config.attention_softcap, q, k, v, rows, cache, length)
   return y, k, v
 
 
@@ -290,10 +288,8 @@ def _by_kernel(
   cap = config.attention_softcap
   if hasattr(kernel, "attend_projections"):
     turns = rows.rotary, rows.turn
-    with jax.named_scope("attend"):
-      return kernel.attend_projections(
-        qkv, *turns, *seen, scale=_scale(config), cap=cap
-      )
+    return kernel.attend_projections(
+      qkv, *turns, *seen, scale=_scale(config), cap=cap
+    )
   q, k, v = _turned(config, qkv, rows)
-  with jax.named_scope("attend"):
-    return kernel.attend(q, k, v, *seen, cap=cap), k, v
+  return kernel.attend(q, k, v, *seen, cap=cap), k, v
