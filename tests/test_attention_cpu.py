@@ -52,7 +52,7 @@ def kernel(rotary, turn, scale, cap=0.0, **x):
 
 
 @compiled
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
   seed=st.integers(0, 2**32 - 1),
   batch=st.integers(1, 3),
