@@ -1,6 +1,7 @@
 """The kernels for a TPU and a GPU, interpreted, against the dense form."""
 
 import dataclasses
+import functools
 import types
 
 import jax
@@ -23,7 +24,8 @@ KERNELS = (tree_attention, tree_attention_gpu)
 def case(seed, batch, heads, rows, groups, size, slots, dtype):
   """Random operands; rows see what is above them in a random tree."""
   rng = np.random.default_rng(seed)
-  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+  # NumPy's: JAX would compile each operation anew for each shape.
+  normal = lambda *shape: rng.normal(size=shape).astype(jnp.dtype(dtype))
   mask = np.eye(rows, dtype=bool)
   for row in range(1, rows):
     mask[row] |= mask[rng.integers(row)]
@@ -31,22 +33,24 @@ def case(seed, batch, heads, rows, groups, size, slots, dtype):
     q=normal(batch, heads, rows, groups, size),
     k=normal(batch, heads, size, rows),
     v=normal(batch, heads, rows, size),
-    mask=jnp.broadcast_to(mask, (batch, rows, rows)),
+    mask=np.broadcast_to(mask, (batch, rows, rows)),
     cache=(
       normal(batch, heads, size, slots),
       normal(batch, heads, slots, size),
     ),
-    length=jnp.asarray(rng.integers(0, slots + 1, batch), jnp.int32),
-    first=jnp.zeros((batch, rows), jnp.int32),
+    length=rng.integers(0, slots + 1, batch).astype(np.int32),
+    first=np.zeros((batch, rows), np.int32),
   )
 
 
 def slide(x, window):
   """The case with rows that see the last `window` positions alone."""
-  positions = x["length"][:, None] + jnp.arange(x["mask"].shape[1])
-  return x | {"first": jnp.maximum(positions - window + 1, 0)}
+  rows = np.arange(x["mask"].shape[1], dtype=np.int32)
+  positions = x["length"][:, None] + rows
+  return x | {"first": np.maximum(positions - window + 1, 0)}
 
 
+@functools.partial(jax.jit, static_argnames=("window", "cap"))
 def dense(q, k, v, mask, cache, length, first, window=0, cap=0.0):
   del first  # is that of the window
   rows = q.shape[2]

@@ -19,6 +19,7 @@ import subprocess
 import tempfile
 import warnings
 from collections.abc import Sequence
+from concurrent import futures
 
 import jax
 import jaxlib
@@ -39,7 +40,10 @@ _FLAGS = (
   else "-mcpu=native",
   # No -ffast-math: a library linked with it changes how all others round.
   "-ffp-contract=off",
-  *("-std=c++17", "-shared", "-fPIC", "-w"),
+  *("-std=c++17", "-fPIC", "-w"),
+)
+_LINK = (
+  "-shared",
   # It may be loaded by an interpreter that comes with older libraries.
   *(["-static-libstdc++", "-static-libgcc"] * (platform.system() == "Linux")),
 )
@@ -101,7 +105,7 @@ def compile_for(compiler: Sequence[str], folder: pathlib.Path) -> pathlib.Path:
   """
   key = hashlib.sha256()
   headers = jax.ffi.include_dir()
-  about = (*compiler, *_FLAGS, headers, jaxlib.__version__)
+  about = (*compiler, *_FLAGS, *_LINK, headers, jaxlib.__version__)
   # A home may be shared by unlike machines, and `native` is this one.
   read = [path.read_text() for path in (*_SOURCES, *sorted(_HERE.glob("*.h")))]
   for part in (*read, *about, platform.platform(), _features()):
@@ -113,23 +117,26 @@ def compile_for(compiler: Sequence[str], folder: pathlib.Path) -> pathlib.Path:
   # Of several processes each writes its own, and all of them the same.
   with tempfile.TemporaryDirectory(dir=folder) as own:
     made = pathlib.Path(own, library.name)
-    subprocess.run(
-      [
-        *compiler,
-        *_FLAGS,
-        f"-I{headers}",
-        *map(str, _SOURCES),
-        "-o",
-        str(made),
-      ],
-      check=True,
-      capture_output=True,
-      encoding="utf-8",
-      errors="replace",
-      timeout=120,
+    objects = [made.with_name(f"{source.stem}.o") for source in _SOURCES]
+    compile_one = lambda source, made: _run(
+      compiler, *_FLAGS, f"-I{headers}", "-c", source, "-o", made
     )
+    with futures.ThreadPoolExecutor() as pool:
+      list(pool.map(compile_one, _SOURCES, objects))
+    _run(compiler, *_FLAGS, *_LINK, *objects, "-o", made)
     made.replace(library)
   return library
+
+
+def _run(compiler: Sequence[str], *args):
+  subprocess.run(
+    [*compiler, *map(str, args)],
+    check=True,
+    capture_output=True,
+    encoding="utf-8",
+    errors="replace",
+    timeout=120,
+  )
 
 
 def _load(compiler: Sequence[str], folder: pathlib.Path | None):

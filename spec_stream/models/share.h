@@ -1,4 +1,5 @@
-// How the threads of a call share its work. Compiled with each kernel, see
+// What all kernels begin with: numbers that are known to the compiler, and how
+// the threads of a call share its work. Compiled with each kernel, see
 // native.py.
 
 #pragma once
@@ -8,12 +9,22 @@
 #include <cstdint>
 #include <memory>
 #include <thread>
+#include <type_traits>
 
 #include "xla/ffi/api/ffi.h"
 
 namespace spec_stream {
 
 constexpr int64_t Up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Calls work with a number of 1 to `most` as a constant.
+template <int most, typename Work>
+auto Known(int64_t number, const Work& work) {
+  if constexpr (most > 1) {
+    if (number < most) return Known<most - 1>(number, work);
+  }
+  return work(std::integral_constant<int, most>{});
+}
 
 // What the threads of a call share. One may come when all is done and the call
 // is over: what it needs to find that out is no other's.

@@ -200,15 +200,6 @@ __attribute__((noinline)) const char* Tile(
   return next;
 }
 
-// As Tile, of a number of rows that is known now, at most `most`.
-template <int most, int vectors, typename... Args>
-const char* TileOf(int64_t rows, const Args&... args) {
-  if constexpr (most > 1) {
-    if (rows < most) return TileOf<most - 1, vectors>(rows, args...);
-  }
-  return Tile<most, vectors>(args...);
-}
-
 // All rows, in tiles of nearly the same size, of the outputs of a tile from
 // `at` on; `lines` to prefetch with each kSteps inputs of all of them: see
 // Tile.
@@ -220,7 +211,9 @@ const char* Tiles(const Factors<Weight, Width, Far>& f, int64_t rows,
   for (int64_t a = 0; a < along; ++a) {
     const int64_t row = rows * a / along, end = rows * (a + 1) / along;
     const int some = lines * (a + 1) / along - lines * a / along;
-    next = TileOf<most, vectors>(end - row, f, row, at, next, some);
+    next = Known<most>(end - row, [&](auto here) {
+      return Tile<here, vectors>(f, row, at, next, some);
+    });
   }
   return next;
 }

@@ -106,6 +106,19 @@ void Rotate(const float* x, const float* table, int64_t n, int64_t size,
   std::copy(x + 2 * n, x + size, y + 2 * n);
 }
 
+// New rows from `from` on with the query heads of a key/value head: n queries.
+// They see slots from `begin` up to `end`, and new keys.
+struct Part {
+  int64_t b, head, from, n, begin, end;
+  // Columns of scores: of slots and of new keys, filled up to whole registers.
+  int64_t old, padded;
+  float *queries, *scores, *found;  // [n, H], [n, All()], [n, H]
+  float *k_new, *v_new;             // [H, padded], [R, H]
+  float *key, *sums;                // [H], [n]
+
+  int64_t All() const { return old + padded; }
+};
+
 struct Operands {
   const float *qkv, *rotary, *turn, *keys, *values;
   const uint8_t* mask;
@@ -118,24 +131,25 @@ struct Operands {
   int64_t Parts() const { return Up(rows, per); }
 
   // Number `i` of [B, K, parts].
-  void Part(int64_t i) const {
-    const int64_t part = i % Parts(), head = i / Parts() % heads;
-    const int64_t b = i / Parts() / heads, from = part * per;
-    const int64_t here = std::min(per, rows - from), n = here * groups;
-    const int64_t end = std::clamp<int64_t>(length[b], 0, slots);
-    const int32_t* firsts = first + b * rows + from;
+  void Attend(int64_t i) const {
+    Part p{};
+    const int64_t part = i % Parts();
+    p.b = i / Parts() / heads, p.head = i / Parts() % heads;
+    p.from = part * per;
+    const int64_t here = std::min(per, rows - p.from), n = here * groups;
+    p.n = n, p.end = std::clamp<int64_t>(length[p.b], 0, slots);
+    const int32_t* firsts = first + p.b * rows + p.from;
     const int64_t least = *std::min_element(firsts, firsts + here);
     // Of a register, so that a slot's lane, and with it the order of sums, does
     // not depend on what else is in the part.
-    const int64_t begin = std::clamp<int64_t>(least, 0, end) / kLanes * kLanes;
-    const int64_t old = Up(end - begin, kLanes) * kLanes;
-    // New keys are filled up to whole registers.
-    const int64_t padded = Up(rows, kLanes) * kLanes, all = old + padded;
-    const int64_t unit = b * heads + head;
-    const float* k_old = keys + unit * size * slots + begin;
-    const float* v_old = values + (unit * slots + begin) * size;
+    p.begin = std::clamp<int64_t>(least, 0, p.end) / kLanes * kLanes;
+    p.old = Up(p.end - p.begin, kLanes) * kLanes;
+    p.padded = Up(rows, kLanes) * kLanes;
+    const int64_t unit = p.b * heads + p.head, seen = p.end - p.begin;
+    const float* k_old = keys + unit * size * slots + p.begin;
+    const float* v_old = values + (unit * slots + p.begin) * size;
     // Scores beyond the length are junk of slots that there are, or stay 0.
-    const int64_t there = begin + old <= slots ? old : end - begin;
+    const int64_t there = p.begin + p.old <= slots ? p.old : seen;
     const int64_t line = kLine / sizeof(float);
     if (there * size * sizeof(float) <= kAhead) {  // short and far apart
       for (int64_t h = 0; h < size; ++h) {
@@ -145,64 +159,78 @@ struct Operands {
       }
     }
     static thread_local std::vector<float> scratch;
+    const int64_t all = p.All();
     // What is added to, and what is beyond the rows of new keys, begins as 0.
-    const int64_t cleared = n * (size + all) + size * padded;
+    const int64_t cleared = n * (size + all) + size * p.padded;
     scratch.resize(cleared + n * (size + 1) + size * (rows + 1));
-    float* found = scratch.data();
-    float* scores = found + n * size;
-    float* k_new = scores + n * all;
-    float* queries = k_new + size * padded;
-    float* v_new = queries + n * size;
-    float* key = v_new + size * rows;
-    float* sums = key + size;
-    std::fill_n(found, cleared, 0.0f);
+    std::fill_n(scratch.data(), cleared, 0.0f);
+    p.found = scratch.data();
+    p.scores = p.found + n * size;
+    p.k_new = p.scores + n * all;
+    p.queries = p.k_new + size * p.padded;
+    p.v_new = p.queries + n * size;
+    p.key = p.v_new + size * rows;
+    p.sums = p.key + size;
+    Turn(p);
+    if (part == 0) {  // all of them have the same
+      for (int64_t h = 0; h < size; ++h) {
+        std::copy_n(p.k_new + h * p.padded, rows, k + (unit * size + h) * rows);
+      }
+      std::copy_n(p.v_new, rows * size, v + unit * rows * size);
+    }
+    const int64_t bytes = seen * size * sizeof(float);
+    float* new_scores = p.scores + p.old;
+    Multiply(p.queries, n, size, k_old, size, there, slots, p.scores, all,
+             v_old, std::min(bytes, kAhead));
+    Multiply(p.queries, n, size, p.k_new, size, p.padded, p.padded, new_scores,
+             all);
+    Weigh(p);
+    Multiply(p.scores, n, all, v_old, seen, size, size, p.found, size);
+    Multiply(new_scores, n, all, p.v_new, rows, size, size, p.found, size);
     for (int64_t r = 0; r < n; ++r) {
-      const int64_t row = from + r / groups;
-      float* query = queries + r * size;
-      Rotate(Projections(b, row, head) + r % groups * size,
-             rotary + Table(b, row, key_pairs), key_pairs, size, query);
+      const int64_t row = p.b * rows + p.from + r / groups;
+      float* to = y + ((row * heads + p.head) * groups + r % groups) * size;
+      for (int64_t h = 0; h < size; ++h) {
+        to[h] = p.found[r * size + h] / p.sums[r];
+      }
+    }
+  }
+
+  // Projections -> queries, new keys and new values. Each part turns all new
+  // keys and values for itself, which takes less than to wait for them.
+  void Turn(const Part& p) const {
+    for (int64_t r = 0; r < p.n; ++r) {
+      const int64_t row = p.from + r / groups;
+      float* query = p.queries + r * size;
+      Rotate(Projections(p.b, row, p.head) + r % groups * size,
+             rotary + Table(p.b, row, key_pairs), key_pairs, size, query);
       for (int64_t h = 0; h < size; ++h) query[h] *= scale;
     }
-    // Each part turns all new keys and values for itself, which takes less than
-    // to wait for them; the first hands them back.
     for (int64_t row = 0; row < rows; ++row) {
-      const float* projected = Projections(b, row, head) + groups * size;
-      Rotate(projected, rotary + Table(b, row, key_pairs), key_pairs, size,
-             key);
-      for (int64_t h = 0; h < size; ++h) k_new[h * padded + row] = key[h];
-      Rotate(projected + size, turn + Table(b, row, value_pairs), value_pairs,
-             size, v_new + row * size);
+      const float* key = Projections(p.b, row, p.head) + groups * size;
+      Rotate(key, rotary + Table(p.b, row, key_pairs), key_pairs, size, p.key);
+      for (int64_t h = 0; h < size; ++h) p.k_new[h * p.padded + row] = p.key[h];
+      Rotate(key + size, turn + Table(p.b, row, value_pairs), value_pairs, size,
+             p.v_new + row * size);
     }
-    if (part == 0) {
-      for (int64_t h = 0; h < size; ++h) {
-        std::copy_n(k_new + h * padded, rows, k + (unit * size + h) * rows);
-      }
-      std::copy_n(v_new, rows * size, v + unit * rows * size);
-    }
-    const int64_t bytes = (end - begin) * size * sizeof(float);
-    Multiply(queries, n, size, k_old, size, there, slots, scores, all, v_old,
-             std::min(bytes, kAhead));
-    Multiply(queries, n, size, k_new, size, padded, padded, scores + old, all);
-    for (int64_t r = 0; r < n; ++r) {
-      const int64_t row = from + r / groups;
-      const uint8_t* sees = mask + (b * rows + row) * rows;
-      float *mine = scores + r * all, *mine_new = mine + old;
-      const int64_t hidden = first[b * rows + row] - begin;
-      std::fill_n(mine, std::clamp<int64_t>(hidden, 0, end - begin), kNever);
-      std::fill(mine + end - begin, mine_new, kNever);
+  }
+
+  // Scores -> weights, and their sums.
+  void Weigh(const Part& p) const {
+    const int64_t all = p.All(), seen = p.end - p.begin;
+    for (int64_t r = 0; r < p.n; ++r) {
+      const int64_t row = p.b * rows + p.from + r / groups;
+      const uint8_t* sees = mask + row * rows;
+      float *mine = p.scores + r * all, *mine_new = mine + p.old;
+      const int64_t hidden = first[row] - p.begin;
+      std::fill_n(mine, std::clamp<int64_t>(hidden, 0, seen), kNever);
+      std::fill(mine + seen, mine_new, kNever);
       for (int64_t j = 0; j < rows; ++j) {
         const float x = mine_new[j];  // first, so that GCC makes no branch
         mine_new[j] = sees[j] ? x : kNever;
       }
       std::fill(mine_new + rows, mine + all, kNever);
-      sums[r] = Softmax(mine, all, cap);
-    }
-    Multiply(scores, n, all, v_old, end - begin, size, size, found, size);
-    Multiply(scores + old, n, all, v_new, rows, size, size, found, size);
-    for (int64_t r = 0; r < n; ++r) {
-      const int64_t row = b * rows + from + r / groups;
-      float* to = y + ((row * heads + head) * groups + r % groups) * size;
-      for (int64_t h = 0; h < size; ++h) to[h] = found[r * size + h] / sums[r];
+      p.sums[r] = Softmax(mine, all, cap);
     }
   }
 
@@ -260,7 +288,7 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::BufferR1<ffi::S32> length,
   }
   const double flops = 4.0 * y->element_count() * (most + o.rows);
   Share(pool, o.batch * o.heads * o.Parts(), flops / kLeast,
-        [o](int64_t i, int64_t) { o.Part(i); });
+        [o](int64_t i, int64_t) { o.Attend(i); });
   return ffi::Error::Success();
 }
 
