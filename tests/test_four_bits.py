@@ -102,20 +102,22 @@ def test_beside_float64():
 @pytest.mark.skipif(
   platform.machine().lower() not in ("x86_64", "amd64"), reason="no x86"
 )
-def test_without_avx2(monkeypatch, tmp_path):
-  """On older machines and others the same integers, by plain loops."""
+@pytest.mark.parametrize("flag", ["-mno-avx512vnni", "-mno-avx2"])
+def test_on_older_machines(flag, monkeypatch, tmp_path):
+  """The same integers, by sums of 16 bits, and by plain loops."""
   assert native.is_ready()
   monkeypatch.setattr(native, "_SOURCES", [native._HERE / "four_bits.cc"])
-  older = native.compile_for([*native.find_compiler(), "-mno-avx2"], tmp_path)
-  function = ctypes.CDLL(str(older)).SpecStreamFourBits
-  jax.ffi.register_ffi_target(
-    "older", jax.ffi.pycapsule(function), platform="cpu"
-  )
+  older = native.compile_for([*native.find_compiler(), flag], tmp_path)
+  function = jax.ffi.pycapsule(ctypes.CDLL(str(older)).SpecStreamFourBits)
+  jax.ffi.register_ffi_target(flag, function, platform="cpu")
   rng = np.random.default_rng(0)
   draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
-  args = draw(6, 75), *packed(draw(41, 75))
+  x, kernel = draw(6, 75), draw(41, 75)
+  x[0], kernel[0] = 1, 1  # the largest sums there are
+  x[1] = -1
+  args = x, *packed(kernel)
   here = four_bits.matmul(*args)
-  monkeypatch.setattr(four_bits, "TARGET", "older")
+  monkeypatch.setattr(four_bits, "TARGET", flag)
   np.testing.assert_array_equal(four_bits.matmul(*args), here)
 
 

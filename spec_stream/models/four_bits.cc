@@ -29,7 +29,7 @@ namespace {
 
 constexpr int kOutputs = 8;          // of a panel
 constexpr int kInputs = 8;           // of an element
-constexpr int kChunk = 4 * kInputs;  // inputs that make a sum of 16 bits
+constexpr int kChunk = 4 * kInputs;  // inputs of a chunk: see Add
 constexpr int kRows = 4;             // of a tile
 constexpr int kMost = 127;           // of a row's integers the largest
 constexpr int kAhead = 256;          // elements that prefetching is ahead
@@ -37,17 +37,15 @@ constexpr int64_t kLeast = 65536;    // weights of a turn, worth a thread
 // A sum of 16 bits is of half a chunk's inputs.
 static_assert(kChunk / 2 * 15 * kMost < 1 << 15);
 
-// Sums of `rows` rows, int8, `apart` from one to the next, in the outputs of
-// the panels a and b, of n inputs.
-#if defined(__AVX2__)
-// Adds products of w, 4 bits in each byte, and x, int8, to a chunk's sums, and
-// these to those of all chunks, 32 bits: in one instruction where there is one.
+// Add: a chunk's sums and the products of w, 4 bits in each byte, and x, int8.
+// Wide: these sums in 32 bits. VNNI has them so at once; there too they are of
+// chunks, so that one's need not wait for the last one's.
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
 inline __m256i Add(__m256i sums, __m256i w, __m256i x) {
   return _mm256_dpbusd_epi32(sums, w, x);
 }
 inline __m256i Wide(__m256i sums) { return sums; }
-#else
+#elif defined(__AVX2__)
 // 16 bits, of two inputs' products each; kept where they are, for GCC else puts
 // all products away before it adds any.
 inline __m256i Add(__m256i sums, __m256i w, __m256i x) {
@@ -60,6 +58,9 @@ inline __m256i Wide(__m256i sums) {
 }
 #endif
 
+// Sums of `rows` rows, int8, `apart` from one to the next, in the outputs of
+// the panels a and b, of n inputs.
+#if defined(__AVX2__)
 template <int rows>
 __attribute__((noinline)) void Tile(const int8_t* x, int64_t apart,
                                     const int32_t* a, const int32_t* b,

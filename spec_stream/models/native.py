@@ -7,6 +7,7 @@ set, the first of c++, g++ and clang++; where there is none (CXX= makes it so),
 XLA's products and attention stay. experiments/step_cost has the times of both.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -19,7 +20,6 @@ import subprocess
 import tempfile
 import warnings
 from collections.abc import Sequence
-from concurrent import futures
 
 import jax
 import jaxlib
@@ -118,25 +118,33 @@ def compile_for(compiler: Sequence[str], folder: pathlib.Path) -> pathlib.Path:
   with tempfile.TemporaryDirectory(dir=folder) as own:
     made = pathlib.Path(own, library.name)
     objects = [made.with_name(f"{source.stem}.o") for source in _SOURCES]
-    compile_one = lambda source, made: _run(
-      compiler, *_FLAGS, f"-I{headers}", "-c", source, "-o", made
-    )
-    with futures.ThreadPoolExecutor() as pool:
-      list(pool.map(compile_one, _SOURCES, objects))
-    _run(compiler, *_FLAGS, *_LINK, *objects, "-o", made)
+    compile_one = (*compiler, *_FLAGS, f"-I{headers}", "-c")
+    _run(*([*compile_one, s, "-o", o] for s, o in zip(_SOURCES, objects)))
+    _run([*compiler, *_FLAGS, *_LINK, *objects, "-o", made])
     made.replace(library)
   return library
 
 
-def _run(compiler: Sequence[str], *args):
-  subprocess.run(
-    [*compiler, *map(str, args)],
-    check=True,
-    capture_output=True,
-    encoding="utf-8",
-    errors="replace",
-    timeout=120,
-  )
+def _run(*commands):
+  """Side by side; ends them all if one fails, or this is interrupted."""
+  with contextlib.ExitStack() as stack:
+    running = []
+    for command in commands:
+      process = subprocess.Popen(
+        [str(part) for part in command],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
+      )
+      running.append(stack.enter_context(process))
+      stack.callback(process.kill)  # before it is waited for
+    for process in running:
+      _, said = process.communicate(timeout=120)
+      if process.returncode:
+        raise subprocess.CalledProcessError(
+          process.returncode, process.args, stderr=said
+        )
 
 
 def _load(compiler: Sequence[str], folder: pathlib.Path | None):

@@ -17,7 +17,7 @@ namespace spec_stream {
 
 constexpr int64_t Up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Calls work with a number of 1 to `most` as a constant.
+// What work gives of a number, of 1 to `most`, as a constant.
 template <int most, typename Work>
 auto Known(int64_t number, const Work& work) {
   if constexpr (most > 1) {

@@ -107,16 +107,16 @@ void Rotate(const float* x, const float* table, int64_t n, int64_t size,
 }
 
 // New rows from `from` on with the query heads of a key/value head: n queries.
-// They see slots from `begin` up to `end`, and new keys.
+// Its scores are of `seen` committed slots, from `begin` on, and of new keys.
 struct Part {
-  int64_t b, head, from, n, begin, end;
+  int64_t b, head, from, n, begin, seen;
   // Columns of scores: of slots and of new keys, filled up to whole registers.
   int64_t old, padded;
-  float *queries, *scores, *found;  // [n, H], [n, All()], [n, H]
+  float *queries, *scores, *found;  // [n, H], [n, Columns()], [n, H]
   float *k_new, *v_new;             // [H, padded], [R, H]
   float *key, *sums;                // [H], [n]
 
-  int64_t All() const { return old + padded; }
+  int64_t Columns() const { return old + padded; }
 };
 
 struct Operands {
@@ -131,25 +131,27 @@ struct Operands {
   int64_t Parts() const { return Up(rows, per); }
 
   // Number `i` of [B, K, parts].
-  void Attend(int64_t i) const {
+  void Work(int64_t i) const {
     Part p{};
     const int64_t part = i % Parts();
     p.b = i / Parts() / heads, p.head = i / Parts() % heads;
     p.from = part * per;
     const int64_t here = std::min(per, rows - p.from), n = here * groups;
-    p.n = n, p.end = std::clamp<int64_t>(length[p.b], 0, slots);
+    p.n = n;
+    const int64_t end = std::clamp<int64_t>(length[p.b], 0, slots);
     const int32_t* firsts = first + p.b * rows + p.from;
     const int64_t least = *std::min_element(firsts, firsts + here);
     // Of a register, so that a slot's lane, and with it the order of sums, does
     // not depend on what else is in the part.
-    p.begin = std::clamp<int64_t>(least, 0, p.end) / kLanes * kLanes;
-    p.old = Up(p.end - p.begin, kLanes) * kLanes;
+    p.begin = std::clamp<int64_t>(least, 0, end) / kLanes * kLanes;
+    p.seen = end - p.begin;
+    p.old = Up(p.seen, kLanes) * kLanes;
     p.padded = Up(rows, kLanes) * kLanes;
-    const int64_t unit = p.b * heads + p.head, seen = p.end - p.begin;
+    const int64_t unit = p.b * heads + p.head;
     const float* k_old = keys + unit * size * slots + p.begin;
     const float* v_old = values + (unit * slots + p.begin) * size;
     // Scores beyond the length are junk of slots that there are, or stay 0.
-    const int64_t there = p.begin + p.old <= slots ? p.old : seen;
+    const int64_t there = p.begin + p.old <= slots ? p.old : p.seen;
     const int64_t line = kLine / sizeof(float);
     if (there * size * sizeof(float) <= kAhead) {  // short and far apart
       for (int64_t h = 0; h < size; ++h) {
@@ -159,7 +161,7 @@ struct Operands {
       }
     }
     static thread_local std::vector<float> scratch;
-    const int64_t all = p.All();
+    const int64_t all = p.Columns();
     // What is added to, and what is beyond the rows of new keys, begins as 0.
     const int64_t cleared = n * (size + all) + size * p.padded;
     scratch.resize(cleared + n * (size + 1) + size * (rows + 1));
@@ -178,14 +180,14 @@ struct Operands {
       }
       std::copy_n(p.v_new, rows * size, v + unit * rows * size);
     }
-    const int64_t bytes = seen * size * sizeof(float);
+    const int64_t bytes = p.seen * size * sizeof(float);
     float* new_scores = p.scores + p.old;
     Multiply(p.queries, n, size, k_old, size, there, slots, p.scores, all,
              v_old, std::min(bytes, kAhead));
     Multiply(p.queries, n, size, p.k_new, size, p.padded, p.padded, new_scores,
              all);
     Weigh(p);
-    Multiply(p.scores, n, all, v_old, seen, size, size, p.found, size);
+    Multiply(p.scores, n, all, v_old, p.seen, size, size, p.found, size);
     Multiply(new_scores, n, all, p.v_new, rows, size, size, p.found, size);
     for (int64_t r = 0; r < n; ++r) {
       const int64_t row = p.b * rows + p.from + r / groups;
@@ -207,24 +209,25 @@ struct Operands {
       for (int64_t h = 0; h < size; ++h) query[h] *= scale;
     }
     for (int64_t row = 0; row < rows; ++row) {
-      const float* key = Projections(p.b, row, p.head) + groups * size;
-      Rotate(key, rotary + Table(p.b, row, key_pairs), key_pairs, size, p.key);
+      const float* projected = Projections(p.b, row, p.head) + groups * size;
+      Rotate(projected, rotary + Table(p.b, row, key_pairs), key_pairs, size,
+             p.key);
       for (int64_t h = 0; h < size; ++h) p.k_new[h * p.padded + row] = p.key[h];
-      Rotate(key + size, turn + Table(p.b, row, value_pairs), value_pairs, size,
-             p.v_new + row * size);
+      Rotate(projected + size, turn + Table(p.b, row, value_pairs), value_pairs,
+             size, p.v_new + row * size);
     }
   }
 
   // Scores -> weights, and their sums.
   void Weigh(const Part& p) const {
-    const int64_t all = p.All(), seen = p.end - p.begin;
+    const int64_t all = p.Columns();
     for (int64_t r = 0; r < p.n; ++r) {
       const int64_t row = p.b * rows + p.from + r / groups;
       const uint8_t* sees = mask + row * rows;
       float *mine = p.scores + r * all, *mine_new = mine + p.old;
       const int64_t hidden = first[row] - p.begin;
-      std::fill_n(mine, std::clamp<int64_t>(hidden, 0, seen), kNever);
-      std::fill(mine + seen, mine_new, kNever);
+      std::fill_n(mine, std::clamp<int64_t>(hidden, 0, p.seen), kNever);
+      std::fill(mine + p.seen, mine_new, kNever);
       for (int64_t j = 0; j < rows; ++j) {
         const float x = mine_new[j];  // first, so that GCC makes no branch
         mine_new[j] = sees[j] ? x : kNever;
@@ -288,7 +291,7 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::BufferR1<ffi::S32> length,
   }
   const double flops = 4.0 * y->element_count() * (most + o.rows);
   Share(pool, o.batch * o.heads * o.Parts(), flops / kLeast,
-        [o](int64_t i, int64_t) { o.Attend(i); });
+        [o](int64_t i, int64_t) { o.Work(i); });
   return ffi::Error::Success();
 }
 
