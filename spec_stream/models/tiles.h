@@ -136,11 +136,15 @@ inline void Step(const float* x, const Weight* w, int64_t apart, Far far,
 
 // Outputs lie side by side: see Factors::far.
 using SideBySide = std::integral_constant<int64_t, kGroup>;
+using Nothing = std::integral_constant<int64_t, 0>;  // see Factors::ahead
 
 // Rows of x times w, [n, outputs]: x is `apart` from row to row, w `width` from
 // input to input and `far` from each kGroup outputs to the next, y, where the
-// sums go, `to` from row to row.
-template <typename Weight, typename Width, typename Far>
+// sums go, `to` from row to row. With each input of a tile what is `ahead` of
+// it is prefetched, if that is not 0: of inputs that lie too far apart for the
+// machine to see what comes.
+template <typename Weight, typename Width, typename Far,
+          typename Ahead = Nothing>
 struct Factors {
   const float* x;
   const Weight* w;
@@ -148,6 +152,7 @@ struct Factors {
   int64_t n, apart, to;
   Width width;
   Far far;
+  Ahead ahead{};
 };
 
 // Adds the products of `rows` rows from `row` on, in outputs from `at` on, to
@@ -156,9 +161,10 @@ struct Factors {
 // where.
 // Never inlined: in a function of many tiles GCC keeps the sums of some in
 // memory.
-template <int rows, int vectors, typename Weight, typename Width, typename Far>
+template <int rows, int vectors, typename Weight, typename Width, typename Far,
+          typename Ahead>
 __attribute__((noinline)) const char* Tile(
-    const Factors<Weight, Width, Far>& f, int64_t row, int64_t at,
+    const Factors<Weight, Width, Far, Ahead>& f, int64_t row, int64_t at,
     const char* next, int lines) {
   constexpr int streams =
       std::is_same_v<Far, SideBySide> ? 1 : Up(vectors * kLanes, kGroup);
@@ -179,6 +185,11 @@ __attribute__((noinline)) const char* Tile(
     for (int line = 0; line < lines; ++line, next += kLine) {
       for (int64_t s = 0; s < streams; ++s) {
         __builtin_prefetch(next + s * f.far * int64_t{sizeof(Weight)});
+      }
+    }
+    for (int k = 0; f.ahead && k < kSteps; ++k) {
+      for (int v = 0; v < vectors * kLanes; v += kLine / sizeof(Weight)) {
+        __builtin_prefetch(w + (i + k) * f.width + f.ahead + v);
       }
     }
 #pragma GCC unroll 8
@@ -203,8 +214,9 @@ __attribute__((noinline)) const char* Tile(
 // All rows, in tiles of nearly the same size, of the outputs of a tile from
 // `at` on; `lines` to prefetch with each kSteps inputs of all of them: see
 // Tile.
-template <int vectors, typename Weight, typename Width, typename Far>
-const char* Tiles(const Factors<Weight, Width, Far>& f, int64_t rows,
+template <int vectors, typename Weight, typename Width, typename Far,
+          typename Ahead>
+const char* Tiles(const Factors<Weight, Width, Far, Ahead>& f, int64_t rows,
                   int64_t at, const char* next, int64_t lines) {
   constexpr int most = std::min(kMost, kRows * kVectors / vectors);
   const int64_t along = Up(rows, most);

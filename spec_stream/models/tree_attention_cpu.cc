@@ -24,15 +24,18 @@ namespace {
 
 using Buffer5 = ffi::Buffer<ffi::F32, 5>;
 
+constexpr int64_t kTile = kVectors * kLanes;  // outputs of a tile
 constexpr int64_t kBlock = 48;       // rows with their query heads, at once
-constexpr double kLeast = 1 << 17;  // FLOPs worth a thread of their own
+constexpr double kLeast = 1 << 17;   // FLOPs worth a thread of their own
 constexpr int64_t kAhead = 1 << 16;  // bytes of keys, or values, to prefetch
+constexpr int64_t kPiece = 1 << 14;  // bytes of values that pass all rows
 constexpr float kNever = -1e30f;     // score of what a row may not attend to
+
+using Matrix = Factors<float, int64_t, SideBySide, int64_t>;
 
 // The rest of the outputs, from `at` on, that fills registers -> up to where.
 template <int vectors = kVectors - 1>
-int64_t Rest(const Factors<float, int64_t, SideBySide>& f, int64_t rows,
-             int64_t at, int64_t outputs) {
+int64_t Rest(const Matrix& f, int64_t rows, int64_t at, int64_t outputs) {
   if constexpr (vectors > 0) {
     if (at + vectors * kLanes > outputs) {
       return Rest<vectors - 1>(f, rows, at, outputs);
@@ -44,17 +47,17 @@ int64_t Rest(const Factors<float, int64_t, SideBySide>& f, int64_t rows,
 }
 
 // y += x w, w [n, outputs] `width` apart; of any number of outputs. Meanwhile
-// prefetches `bytes` from `next` on.
+// prefetches `bytes` from `next` on, and what is `far_ahead` of each input.
 void Multiply(const float* x, int64_t rows, int64_t apart, const float* w,
               int64_t n, int64_t outputs, int64_t width, float* y, int64_t to,
-              const float* next = nullptr, int64_t bytes = 0) {
-  const Factors<float, int64_t, SideBySide> f{x, w, y, n, apart, to, width, {}};
+              const float* next = nullptr, int64_t bytes = 0,
+              int64_t far_ahead = 0) {
+  const Matrix f{x, w, y, n, apart, to, width, {}, far_ahead};
   const char* ahead = reinterpret_cast<const char*>(next);
   const int64_t turns = n / kSteps * (outputs / kVectors / kLanes);
   const int64_t lines = Up(bytes / kLine, std::max<int64_t>(turns, 1));
   int64_t at = 0;
-  constexpr int64_t wide = kVectors * kLanes;
-  for (; at + wide <= outputs; at += wide) {
+  for (; at + kTile <= outputs; at += kTile) {
     ahead = Tiles<kVectors>(f, rows, at, ahead, lines);
   }
   for (at = Rest(f, rows, at, outputs); at < outputs; ++at) {
@@ -152,8 +155,11 @@ struct Operands {
     const float* v_old = values + (unit * slots + p.begin) * size;
     // Scores beyond the length are junk of slots that there are, or stay 0.
     const int64_t there = p.begin + p.old <= slots ? p.old : p.seen;
+    // Keys are far apart: of few slots all are prefetched, of many those of the
+    // next tile with each.
     const int64_t line = kLine / sizeof(float);
-    if (there * size * sizeof(float) <= kAhead) {  // short and far apart
+    const bool few = there * size * sizeof(float) <= kAhead;
+    if (few) {
       for (int64_t h = 0; h < size; ++h) {
         for (int64_t s = 0; s < there; s += line) {
           __builtin_prefetch(k_old + h * slots + s);
@@ -180,14 +186,21 @@ struct Operands {
       }
       std::copy_n(p.v_new, rows * size, v + unit * rows * size);
     }
-    const int64_t bytes = p.seen * size * sizeof(float);
+    const int64_t slot = size * sizeof(float);  // bytes
     float* new_scores = p.scores + p.old;
     Multiply(p.queries, n, size, k_old, size, there, slots, p.scores, all,
-             v_old, std::min(bytes, kAhead));
+             v_old, std::min(p.seen * slot, kAhead), few ? 0 : kTile);
     Multiply(p.queries, n, size, p.k_new, size, p.padded, p.padded, new_scores,
              all);
     Weigh(p);
-    Multiply(p.scores, n, all, v_old, p.seen, size, size, p.found, size);
+    const int64_t piece = std::max<int64_t>(kPiece / slot, kSteps);
+    for (int64_t i = 0; i < p.seen; i += piece) {
+      const int64_t some = std::min(piece, p.seen - i);
+      const int64_t left = std::min(piece, p.seen - i - some);
+      const float *from = v_old + i * size, *next = from + some * size;
+      Multiply(p.scores + i, n, all, from, some, size, size, p.found, size,
+               next, left * slot);
+    }
     Multiply(new_scores, n, all, p.v_new, rows, size, size, p.found, size);
     for (int64_t r = 0; r < n; ++r) {
       const int64_t row = p.b * rows + p.from + r / groups;
