@@ -6,6 +6,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from compiler import compiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -65,7 +66,7 @@ def kernel(rotary, turn, scale, cap=0.0, **x):
   rows=st.integers(1, 70),  # with their query heads in parts of 48
   groups=st.sampled_from([1, 2, 3, 50]),
   size=st.integers(1, 70),  # of whole registers, and not
-  slots=st.integers(1, 150),
+  slots=st.integers(1, 150) | st.integers(240, 300),  # few, and not
   window=st.sampled_from([0, 0, 1, 9]),
   cap=st.sampled_from([0.0, 0.0, 5.0]),
   scale=st.sampled_from([0.125, 1.0]),
@@ -97,12 +98,16 @@ def test_it_is_as_the_dense_form(
 
 
 @compiled
-def test_rows_do_not_depend_on_those_after_them():
+@pytest.mark.parametrize(
+  "size, slots, lengths",
+  [(16, 100, [77, 100]), (70, 300, [290, 300])],  # of few, of many slots
+)
+def test_rows_do_not_depend_on_those_after_them(size, slots, lengths):
   """Not in a bit, wherever in the cache each begins to see."""
   assert native.is_ready()
-  x = projections(0, 2, 1, rows=44, groups=5, size=16, slots=100)
+  x = projections(0, 2, 1, rows=44, groups=5, size=size, slots=slots)
   first = np.random.default_rng(0).integers(0, 70, (2, 44))
-  x |= {"length": jnp.array([77, 100]), "first": jnp.asarray(first)}
+  x |= {"length": jnp.array(lengths), "first": jnp.asarray(first)}
   x |= dict(rotary=tables(0, 2, 44, 8), turn=None, scale=0.25)
   y, k, v = kernel(**x)
   for rows in (1, 2, 5, 8, 14, 43):
