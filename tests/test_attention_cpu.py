@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiler import compiled
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_tree_attention import case, slide
 
@@ -73,6 +73,11 @@ def kernel(rotary, turn, scale, cap=0.0, **x):
   # Of a head's pairs that turn; None without a table.
   share=st.sampled_from([None, 0, 0.5, 1]),
   turns=st.booleans(),
+)
+# Of many slots: keys of 64 KiB and more, values in several pieces.
+@example(
+  **dict(seed=3, batch=2, heads=2, rows=9, groups=3, size=70, slots=300),
+  **dict(window=0, cap=0.0, scale=0.125, share=1, turns=True),
 )
 def test_it_is_as_the_dense_form(
   window, cap, scale, share, turns, seed, batch, rows, size, **shape

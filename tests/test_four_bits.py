@@ -104,7 +104,8 @@ def test_beside_float64():
 )
 @pytest.mark.parametrize("flag", ["-mno-avx512vnni", "-mno-avx2"])
 def test_on_older_machines(flag, monkeypatch, tmp_path):
-  """The same integers, by sums of 16 bits, and by plain loops."""
+  """The same integers, by sums of 16 bits (which is news where this machine has
+  VNNI), and by plain loops."""
   assert native.is_ready()
   monkeypatch.setattr(native, "_SOURCES", [native._HERE / "four_bits.cc"])
   older = native.compile_for([*native.find_compiler(), flag], tmp_path)

@@ -18,6 +18,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import time
 import warnings
 from collections.abc import Sequence
 
@@ -126,7 +127,9 @@ def compile_for(compiler: Sequence[str], folder: pathlib.Path) -> pathlib.Path:
 
 
 def _run(*commands):
-  """Side by side; ends them all if one fails, or this is interrupted."""
+  """Side by side, within 120 s; the compilers that still run are killed if one
+  fails, or this is interrupted (what they have begun themselves is not)."""
+  deadline = time.monotonic() + 120
   with contextlib.ExitStack() as stack:
     running = []
     for command in commands:
@@ -140,7 +143,8 @@ def _run(*commands):
       running.append(stack.enter_context(process))
       stack.callback(process.kill)  # before it is waited for
     for process in running:
-      _, said = process.communicate(timeout=120)
+      left = max(deadline - time.monotonic(), 0)
+      _, said = process.communicate(timeout=left)
       if process.returncode:
         raise subprocess.CalledProcessError(
           process.returncode, process.args, stderr=said

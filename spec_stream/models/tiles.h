@@ -140,9 +140,9 @@ using Nothing = std::integral_constant<int64_t, 0>;  // see Factors::ahead
 
 // Rows of x times w, [n, outputs]: x is `apart` from row to row, w `width` from
 // input to input and `far` from each kGroup outputs to the next, y, where the
-// sums go, `to` from row to row. With each input of a tile what is `ahead` of
-// it is prefetched, if that is not 0: of inputs that lie too far apart for the
-// machine to see what comes.
+// sums go, `to` from row to row. With a tile's weights those `ahead` of them,
+// so many (0: none), are prefetched: for inputs that lie too far apart for
+// the machine to see what comes, and outputs side by side.
 template <typename Weight, typename Width, typename Far,
           typename Ahead = Nothing>
 struct Factors {
@@ -166,6 +166,8 @@ template <int rows, int vectors, typename Weight, typename Width, typename Far,
 __attribute__((noinline)) const char* Tile(
     const Factors<Weight, Width, Far, Ahead>& f, int64_t row, int64_t at,
     const char* next, int lines) {
+  static_assert(std::is_same_v<Ahead, Nothing> ||
+                std::is_same_v<Far, SideBySide>);
   constexpr int streams =
       std::is_same_v<Far, SideBySide> ? 1 : Up(vectors * kLanes, kGroup);
   const float* x = f.x + row * f.apart;

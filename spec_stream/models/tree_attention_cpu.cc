@@ -28,7 +28,7 @@ constexpr int64_t kTile = kVectors * kLanes;  // outputs of a tile
 constexpr int64_t kBlock = 48;       // rows with their query heads, at once
 constexpr double kLeast = 1 << 17;   // FLOPs worth a thread of their own
 constexpr int64_t kAhead = 1 << 16;  // bytes of keys, or values, to prefetch
-constexpr int64_t kPiece = 1 << 14;  // bytes of values that pass all rows
+constexpr int64_t kPiece = 1 << 14;  // bytes of values all rows pass at once
 constexpr float kNever = -1e30f;     // score of what a row may not attend to
 
 using Matrix = Factors<float, int64_t, SideBySide, int64_t>;
@@ -54,7 +54,7 @@ void Multiply(const float* x, int64_t rows, int64_t apart, const float* w,
               int64_t far_ahead = 0) {
   const Matrix f{x, w, y, n, apart, to, width, {}, far_ahead};
   const char* ahead = reinterpret_cast<const char*>(next);
-  const int64_t turns = n / kSteps * (outputs / kVectors / kLanes);
+  const int64_t turns = n / kSteps * (outputs / kTile);
   const int64_t lines = Up(bytes / kLine, std::max<int64_t>(turns, 1));
   int64_t at = 0;
   for (; at + kTile <= outputs; at += kTile) {
@@ -193,7 +193,8 @@ struct Operands {
     Multiply(p.queries, n, size, p.k_new, size, p.padded, p.padded, new_scores,
              all);
     Weigh(p);
-    const int64_t piece = std::max<int64_t>(kPiece / slot, kSteps);
+    // In pieces that stay in the nearest cache while all rows pass them.
+    const int64_t piece = std::max<int64_t>(kPiece / slot / kSteps, 1) * kSteps;
     for (int64_t i = 0; i < p.seen; i += piece) {
       const int64_t some = std::min(piece, p.seen - i);
       const int64_t left = std::min(piece, p.seen - i - some);
